@@ -1,0 +1,132 @@
+"""Every configuration key that d2det adds to detectron2's, with the reason for it.
+
+Section numbers refer to the D2Det paper (Cao et al., CVPR 2020) unless a line says otherwise. A key
+whose meaning detectron2 already covers is not repeated here: its own key is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+
+def add_d2det_config(cfg: CfgNode) -> CfgNode:
+    """Add d2det's keys, with their defaults, to a detectron2 config.
+
+    The defaults are the paper's, so that `MODEL.ROI_HEADS.NAME: "D2DetROIHeads"` and
+    `MODEL.ROI_BOX_HEAD.POOLER_TYPE: "DiscriminativeRoIPooler"` are all that a Faster R-CNN config
+    needs to become D2Det. Calling it twice is harmless: values already changed are kept.
+
+    Args:
+        cfg: the config to extend, in place.
+
+    Returns:
+        The same object, so that calls can be chained.
+    """
+    from detectron2.config import CfgNode as CN
+
+    if "ROI_DENSE_REGRESSION_HEAD" in cfg.MODEL:
+        return cfg
+    _add_roi_heads(cfg, CN)
+    _add_discriminative_roi_pooling(cfg, CN)
+    _add_dense_regression(cfg, CN)
+    _add_backbone(cfg)
+    _add_solver(cfg)
+    _add_test(cfg)
+    return cfg
+
+
+def _add_roi_heads(cfg: CfgNode, CN: type) -> None:
+    heads = cfg.MODEL.ROI_HEADS
+    # Sec. 3: classification and regression never share features. True gives the paper's other
+    # baseline (Table 2, "shared head"), possible only with dense regression switched off.
+    heads.SHARED_BRANCH = False
+    # Boxes that go on to dense regression after NMS on the proposals (releases: 125).
+    heads.PRE_REGRESSION_TOPK = 125
+    # Per-class soft-NMS on the regressed boxes (Bodla et al., ICCV 2017).
+    heads.SOFT_NMS = CN()
+    heads.SOFT_NMS.ENABLED = True
+    heads.SOFT_NMS.METHOD = "linear"  # or "gaussian"
+    heads.SOFT_NMS.IOU_THRESH = 0.5  # "linear": overlap above which scores decay
+    heads.SOFT_NMS.SIGMA = 0.5  # "gaussian": width of the decay
+    heads.SOFT_NMS.MIN_SCORE = 1e-3  # boxes whose score falls below this are dropped
+    # Weight of the classification loss: the releases double it against the RPN's losses.
+    cfg.MODEL.ROI_BOX_HEAD.CLS_LOSS_WEIGHT = 2.0
+
+
+def _add_discriminative_roi_pooling(cfg: CfgNode, CN: type) -> None:
+    # Sec. 3.2; read where ROI_BOX_HEAD.POOLER_TYPE is "DiscriminativeRoIPooler".
+    cfg.MODEL.ROI_BOX_HEAD.DRP = drp = CN()
+    # Side of the RoI features from which offsets are predicted. 0: half of POOLER_RESOLUTION,
+    # rounded down ("light-weight"); POOLER_RESOLUTION: the full k x k of deformable RoI pooling.
+    drp.OFFSET_RESOLUTION = 0
+    drp.OFFSET_FC_DIM = 1024  # width of the two hidden layers that predict offsets
+    drp.GAMMA = 0.1  # an offset of 1 shifts a bin by this fraction of the RoI's size
+    # Points a side in each of the 2k x 2k bins; 1: the paper's four points a cell are the bins.
+    drp.SAMPLING_RATIO = 1
+    # "normalized": sum(w f) / sum(w), w = exp(c sigmoid); as released.
+    # "unnormalized": average of 2 sigmoid * f over the window; as the paper writes it.
+    # "none": uniform weights, i.e. deformable RoI pooling; the paper's ablation.
+    drp.WEIGHTING = "normalized"
+    drp.WEIGHT_COEFFICIENT = 12.0  # c above; the releases' value
+    drp.PER_LEVEL = True  # a set of parameters for each FPN level, as released; or one for all
+    # "aligned": half-pixel RoIAlign; "psroi": the releases' rounding, for converted weights.
+    drp.CONVENTION = "aligned"
+
+
+def _add_dense_regression(cfg: CfgNode, CN: type) -> None:
+    # Sec. 3.1.
+    cfg.MODEL.ROI_DENSE_REGRESSION_HEAD = dense = CN()
+    # False: a second two-FC branch with plain box deltas (the paper's baseline).
+    dense.ENABLED = True
+    dense.NAME = "DenseLocalRegressionHead"
+    dense.POOLER_RESOLUTION = 14  # RoIAlign's output; the first convolution halves it
+    dense.POOLER_SAMPLING_RATIO = 2
+    dense.POOLER_CONVENTION = "aligned"
+    # The tower: 8 x 576 costs 2.2 GFLOP a RoI; narrow it where only a CPU is at hand.
+    dense.NUM_CONV = 8
+    dense.CONV_DIM = 576
+    dense.NORM = "GN"  # "" for none; "GN" uses NORM_GROUPS, where detectron2's would use 32
+    dense.NORM_GROUPS = 36
+    # Predicted offsets at the start, as a fraction of the proposal: 0.5 from every cell is a box
+    # of about the proposal's size; 0 would be an empty box, which has no gradient.
+    dense.INIT_OFFSET = 0.5
+    # Sec. 3.1, binary overlap. False: all cells are averaged with equal weight (Table 3).
+    dense.OVERLAP = True
+    # A cell is foreground if it lies at least this far inside the box, as a fraction of the
+    # proposal. 1/6 as released; 0 is Eq. 3.
+    dense.OVERLAP_MARGIN = 1.0 / 6.0
+    dense.OVERLAP_THRESH = 0.5  # cells at or below this probability do not vote at inference
+    dense.LOSS_WEIGHT = 2.0  # of -log(IoU), averaged over all cells of the sampled RoIs
+    dense.OVERLAP_LOSS_WEIGHT = 1.0  # of the binary cross-entropy over the same cells
+    # Positive proposals are moved and resized by up to this fraction in training; 0: never.
+    dense.JITTER = 0.15
+    # Positive RoIs that train the tower: at most this many times the images on a GPU.
+    dense.MAX_POSITIVE_PER_IMAGE = 96
+
+
+def _add_backbone(cfg: CfgNode) -> None:
+    # Read by "build_d2det_resnet_backbone" and its FPN form. True: BatchNorm keeps its fixed
+    # statistics but trains scale and shift in the stages that are not frozen (recipe of the
+    # releases; 38.5 against 37.9 AP in MMDetection's Table 6).
+    cfg.MODEL.RESNETS.TRAIN_NORM_AFFINE = False
+
+
+def _add_solver(cfg: CfgNode) -> None:
+    # Images a step for which BASE_LR, MAX_ITER, STEPS and the periods are written. When it is not 0
+    # and differs from the real number (IMS_PER_BATCH * ACCUMULATE), all of them are scaled.
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+    # Forward and backward passes before each optimizer step; an iteration is one step.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Precision under SOLVER.AMP.ENABLED: "fp16", "bf16", or "auto" (fp16 on GPU, bf16 on CPU).
+    cfg.SOLVER.AMP.PRECISION = "auto"
+    # Metric whose best value is kept as model_best.pth, e.g. "bbox/AP"; empty: not kept.
+    cfg.SOLVER.BEST_CHECKPOINT = ""
+
+
+def _add_test(cfg: CfgNode) -> None:
+    # Pictures of detections beside ground truth that are written after an evaluation; 0: none.
+    cfg.TEST.NUM_PICTURES = 16
+    cfg.TEST.PICTURE_SCORE_THRESH = 0.3  # detections below this score are not drawn
