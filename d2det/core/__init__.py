@@ -1,0 +1,35 @@
+"""The method, on plain tensors: no detectron2, no torchvision models.
+
+Shape letters used throughout: R, number of RoIs; C, channels; k, side of the RoI grid; K, number of
+classes; L, number of feature levels. Boxes are (x1, y1, x2, y2) in pixels, widths are x2 - x1.
+"""
+
+from d2det.core.dense_regression import DensePrediction, DenseRegression
+from d2det.core.discriminative_pooling import DiscriminativePooling
+from d2det.core.grid import average_boxes, cell_centers, decode_offsets, encode_offsets
+from d2det.core.jitter import jitter_boxes
+from d2det.core.levels import assign_levels
+from d2det.core.losses import dense_iou_loss, overlap_loss
+from d2det.core.overlap import overlap_targets
+from d2det.core.roi_align import MultiLevelRoIAlign
+from d2det.core.selection import Candidates, SoftNMS, nms_candidates, suppress
+
+__all__ = [
+    "Candidates",
+    "DensePrediction",
+    "DenseRegression",
+    "DiscriminativePooling",
+    "MultiLevelRoIAlign",
+    "SoftNMS",
+    "assign_levels",
+    "average_boxes",
+    "cell_centers",
+    "decode_offsets",
+    "dense_iou_loss",
+    "encode_offsets",
+    "jitter_boxes",
+    "nms_candidates",
+    "overlap_loss",
+    "overlap_targets",
+    "suppress",
+]

@@ -1,0 +1,118 @@
+"""From scored boxes to detections: NMS on proposals, soft-NMS on refined boxes (Sec. 4).
+
+All images of a batch are handled at once: an image and a class together form a group, and boxes
+compete within their group only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from d2det.ops import soft_nms
+
+
+class Candidates(NamedTuple):
+    """M scored boxes of a batch of images, in falling score order."""
+
+    boxes: Tensor  # (M, 4), in pixels
+    scores: Tensor  # (M,)
+    classes: Tensor  # (M,) int64 in [0, K)
+    images: Tensor  # (M,) int64, index in the batch
+    rois: Tensor  # (M,) int64, index of the RoI that each comes from
+
+    def take(self, index: Tensor) -> Candidates:
+        """The candidates at `index` (or where a mask is true)."""
+        return Candidates(*(x[index] for x in self))
+
+
+@dataclass(frozen=True)
+class SoftNMS:
+    """Settings of `suppress`; see `d2det.ops.soft_nms`."""
+
+    method: str = "linear"
+    iou_threshold: float = 0.5
+    sigma: float = 0.5
+    min_score: float = 1e-3
+
+
+def threshold_candidates(
+    boxes: Tensor, scores: Tensor, images: Tensor, score_threshold: float
+) -> Candidates:
+    """Every pair of RoI and class whose score exceeds the threshold.
+
+    Args:
+        boxes: (R, 4), shared by the classes, or (R, K, 4).
+        scores: (R, K + 1), the last column being background.
+        images: (R,) int64.
+        score_threshold: a score must be greater.
+    """
+    foreground = scores[:, :-1]
+    rois, classes = (foreground > score_threshold).nonzero(as_tuple=True)
+    chosen = foreground[rois, classes]
+    order = chosen.argsort(descending=True, stable=True)
+    rois, classes = rois[order], classes[order]
+    chosen_boxes = boxes[rois] if boxes.dim() == 2 else boxes[rois, classes]
+    return Candidates(chosen_boxes, chosen[order], classes, images[rois], rois)
+
+
+def nms_candidates(
+    candidates: Candidates, *, iou_threshold: float, limit: int, num_images: int
+) -> Candidates:
+    """Plain NMS within each image and class, then the best `limit` of each image."""
+    boxes = candidates.boxes.double()
+    # Groups are moved apart, so that one call serves them all; in float64 because coordinates of
+    # 10^6 pixels would cost float32 the precision of the IoU.
+    span = boxes.max() - boxes.min() + 1 if boxes.numel() else 1.0
+    shifted = boxes + (_groups(candidates) * span)[:, None]
+    kept = candidates.take(nms(shifted, candidates.scores.double(), iou_threshold))
+    return _best_per_image(kept, limit, num_images)
+
+
+def suppress(
+    candidates: Candidates, settings: SoftNMS | None, *, limit: int, num_images: int
+) -> Candidates:
+    """Soft-NMS within each image and class, then the best `limit` of each image.
+
+    Args:
+        candidates: boxes that regression has moved; those without area are dropped.
+        settings: None leaves the scores as they are.
+        limit: detections an image.
+        num_images: images in the batch.
+
+    Returns:
+        The detections of all images, in falling score order, with decayed scores.
+    """
+    sides = candidates.boxes[:, 2:] - candidates.boxes[:, :2]
+    candidates = candidates.take((sides > 0).all(dim=1))
+    if settings is not None:
+        index, scores = soft_nms(
+            candidates.boxes,
+            candidates.scores,
+            _groups(candidates),
+            iou_threshold=settings.iou_threshold,
+            method=settings.method,
+            sigma=settings.sigma,
+            min_score=settings.min_score,
+        )
+        candidates = candidates.take(index)._replace(scores=scores)
+    else:
+        candidates = candidates.take(candidates.scores.argsort(descending=True, stable=True))
+    return _best_per_image(candidates, limit, num_images)
+
+
+def _groups(candidates: Candidates) -> Tensor:
+    """One number for each pair of image and class (M,), without asking the device for K."""
+    if candidates.classes.numel() == 0:
+        return candidates.classes
+    return candidates.images * (candidates.classes.max() + 1) + candidates.classes
+
+
+def _best_per_image(candidates: Candidates, limit: int, num_images: int) -> Candidates:
+    member = candidates.images[:, None] == torch.arange(num_images, device=candidates.images.device)
+    rank = member.cumsum(dim=0).gather(1, candidates.images[:, None])[:, 0]
+    return candidates.take(rank <= limit)
