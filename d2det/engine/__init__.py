@@ -1,0 +1,1 @@
+"""Training, checkpoints and prediction on top of detectron2's engine."""
