@@ -15,13 +15,13 @@ CLASSES = ("ellipse", "pie", "triangle", "dart", "star5", "star6")
 """Three pairs of look-alikes: what tells the two apart is a bite, a notch, or a count of points."""
 
 REFERENCE_SIZE = 192  # the lengths below are pixels in images of about this side
-MIN_LENGTH, MAX_LENGTH = 15.0, 150.0  # sqrt(length * breadth) of the stretched shape
+MIN_LENGTH, MAX_LENGTH = 26.0, 150.0  # sqrt(length * breadth) of the stretched shape
 LARGE_AREA = (10_500.0, 17_000.0)  # of the one large object that many images hold
 MAX_LARGE_LENGTH = 180.0
 LARGE_SHARE = 0.8  # images in which a large object is tried first
 MIN_BREADTH = 6.0
-MAX_OBJECTS = 9
-MIN_VISIBLE = 0.4  # of the part inside the image; an object covered further is not placed
+MAX_OBJECTS = 7
+MIN_VISIBLE = 0.65 # of the part inside the image; an object covered further is not placed
 MIN_INSIDE = 0.55  # of the whole shape; the image border cuts the rest
 
 
@@ -44,7 +44,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, size: int) -> Scene:
-    """Draw an image size of about `size` and 2 to 9 objects that lie in it, back to front."""
+    """Draw an image size of about `size` and 2 to 7 objects that lie in it, back to front."""
     width, height = (int(v) for v in rng.integers(size * 5 // 6, size * 7 // 6 + 1, 2))
     scale = size / REFERENCE_SIZE
     scene = Scene(width, height, [])
@@ -170,7 +170,7 @@ def _sample_shape(
         aspect = np.exp(rng.uniform(0.0, np.log(2.0)))
     else:
         length = np.exp(rng.uniform(np.log(MIN_LENGTH), np.log(MAX_LENGTH)))
-        aspect = np.exp(rng.uniform(0.0, np.log(8.0 if rng.random() < 0.08 else 5.0)))
+        aspect = np.exp(rng.uniform(0.0, np.log(6.0 if rng.random() < 0.1 else 2.5)))
     # A thin shape of few pixels would be a line; a long one would leave the image on both sides.
     aspect = min(
         aspect, (length / MIN_BREADTH) ** 2, max(1.0, (1.1 * REFERENCE_SIZE / length) ** 2)
@@ -214,7 +214,7 @@ def _outline(rng: np.random.Generator, label: int) -> tuple[np.ndarray, np.ndarr
     if name == "ellipse":
         return _arc(0.0, 2 * np.pi)[:-1], None
     if name == "pie":
-        half = rng.uniform(0.32, 0.55)
+        half = rng.uniform(0.45, 0.8)
         tip = [[rng.uniform(0.0, 0.4), rng.uniform(-0.1, 0.1)]]
         bite = np.concatenate([_arc(-half, half, 9), tip])
         return np.concatenate([_arc(half, 2 * np.pi - half), tip]), bite

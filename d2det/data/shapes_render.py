@@ -26,17 +26,17 @@ def render_scene(rng: np.random.Generator, scene: Scene, size: int) -> np.ndarra
     height, width = scene.height, scene.width
     scale = size / REFERENCE_SIZE
     canvas = rng.uniform(70, 185) + rng.uniform(-25, 25, 3).astype(np.float32)
-    canvas = canvas + _coloured_texture(rng, height, width, rng.uniform(5, 22))
+    canvas = canvas + _coloured_texture(rng, height, width, rng.uniform(2, 9))
     for _ in range(rng.integers(0, 4)):
         _paint(rng, canvas, sample_distractor(rng, scene, scale), scale)
-    _clutter(rng, canvas, int(rng.integers(4, 14)), scale)
+    _clutter(rng, canvas, int(rng.integers(2, 8)), scale)
     for shape in scene.objects:
         _paint(rng, canvas, shape, scale)
     _clutter(rng, canvas, int(rng.integers(0, 5)), scale)
     canvas *= _illumination(rng, height, width)[..., None]
     canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 0.7))
     noise = rng.standard_normal((height, width, 3), np.float32)
-    canvas += noise * np.float32(rng.uniform(3, 9))
+    canvas += noise * np.float32(rng.uniform(1, 4))
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
@@ -114,8 +114,8 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, shape: Shape, scale: fl
         _shadow(rng, window, mask, min(1.0, length / 30) * scale)
     weight = mask / mask.sum()
     below = (window * weight[..., None]).sum((0, 1))
-    fill = _contrasting(rng, below) + _coloured_texture(rng, h, w, rng.uniform(3, 16))
-    if rng.random() < 0.5:  # one side fades towards what lies behind it
+    fill = _contrasting(rng, below) + _coloured_texture(rng, h, w, rng.uniform(1, 6))
+    if rng.random() < 0.35:  # one side fades towards what lies behind it
         mask = mask * (1 - (1 - rng.uniform(0.35, 0.8)) * _ramp(rng, mask))
     window += (fill.astype(np.float32) - window) * mask[..., None]
 
@@ -154,11 +154,11 @@ def _shadow(rng: np.random.Generator, window: np.ndarray, mask: np.ndarray, scal
 
 def _contrasting(rng: np.random.Generator, below: np.ndarray) -> np.ndarray:
     """A colour (3,) that differs from what it covers: mostly in lightness, by a little or a lot."""
-    step = rng.uniform(24, 75) * (1 if rng.random() < 0.5 else -1)
+    step = rng.uniform(45, 100) * (1 if rng.random() < 0.5 else -1)
     mean = float(below.mean())
     if not 25 < mean + step < 225:
         step = -step
-    return below + step + rng.uniform(-22, 22, 3)
+    return below + step + rng.uniform(-30, 30, 3)
 
 
 def _clutter(rng: np.random.Generator, canvas: np.ndarray, count: int, scale: float) -> None:

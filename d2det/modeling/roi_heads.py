@@ -1,0 +1,287 @@
+"""D2Det's RoI heads for detectron2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from d2det.core import Candidates, SoftNMS, jitter_boxes, nms_candidates, suppress
+from d2det.core.selection import threshold_candidates
+from d2det.modeling.box_branches import (
+    ClassPredictor,
+    build_classification_head,
+    build_delta_branch,
+    build_delta_predictor,
+)
+from d2det.modeling.dense_head import build_dense_regression_head
+from d2det.modeling.pooler import RoIAlignPooler, build_box_pooler
+from d2det.modeling.shapes import channels_and_strides
+
+
+@ROI_HEADS_REGISTRY.register()
+class D2DetROIHeads(StandardROIHeads):
+    """Separate branches for what an object is and where it is (Sec. 3).
+
+    The classification branch scores the proposals; the dense regression branch moves the best of
+    them. All images of a batch go through each in one call. Without a dense head the second branch
+    predicts plain box deltas: the paper's baseline.
+
+    Mask and keypoint heads are detectron2's, on the regressed boxes.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        dense_pooler: nn.Module | None = None,
+        dense_head: nn.Module | None = None,
+        delta_branch: nn.Module | None = None,
+        jitter: float = 0.15,
+        max_positive_per_image: int = 96,
+        score_thresh: float = 0.03,
+        nms_thresh: float = 0.5,
+        pre_regression_topk: int = 125,
+        detections_per_image: int = 100,
+        soft_nms: SoftNMS | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Besides the arguments of detectron2's `StandardROIHeads`:
+
+        Args:
+            dense_pooler, dense_head: the dense regression branch; both or neither.
+            delta_branch: without them, the branch whose features `box_predictor.bbox_pred` reads;
+                None shares the classification branch's features.
+            jitter: see `d2det.core.jitter_boxes`; training only.
+            max_positive_per_image: positive RoIs for the dense branch, times the images.
+            score_thresh: class scores must exceed it.
+            nms_thresh: IoU for NMS on the proposals (dense), or on the boxes (deltas without
+                `soft_nms`).
+            pre_regression_topk: candidates an image that reach the dense branch.
+            detections_per_image: best detections that are returned.
+            soft_nms: settings of soft-NMS on the regressed boxes; None for none.
+
+        Raises:
+            ValueError: half a dense branch, one beside a delta branch, or training other heads on
+                predicted boxes, of which this class has none in training.
+        """
+        super().__init__(**kwargs)
+        if (dense_head is None) != (dense_pooler is None):
+            raise ValueError("dense_head and dense_pooler come together")
+        if dense_head is not None and delta_branch is not None:
+            raise ValueError("dense_head and delta_branch exclude each other")
+        if self.train_on_pred_boxes:
+            raise ValueError("D2DetROIHeads does not support TRAIN_ON_PRED_BOXES")
+        self.dense_pooler = dense_pooler
+        self.dense_head = dense_head
+        self.delta_branch = delta_branch
+        self.jitter = jitter
+        self.max_positive_per_image = max_positive_per_image
+        self.score_thresh = score_thresh
+        self.nms_thresh = nms_thresh
+        self.pre_regression_topk = pre_regression_topk
+        self.detections_per_image = detections_per_image
+        self.soft_nms = soft_nms
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        heads, dense = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_DENSE_REGRESSION_HEAD
+        soft = heads.SOFT_NMS
+        arguments = super().from_config(cfg, input_shape)
+        arguments.update(
+            jitter=dense.JITTER,
+            max_positive_per_image=dense.MAX_POSITIVE_PER_IMAGE,
+            score_thresh=heads.SCORE_THRESH_TEST,
+            nms_thresh=heads.NMS_THRESH_TEST,
+            pre_regression_topk=heads.PRE_REGRESSION_TOPK,
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            soft_nms=SoftNMS(soft.METHOD, soft.IOU_THRESH, soft.SIGMA, soft.MIN_SCORE)
+            if soft.ENABLED
+            else None,
+        )
+        return arguments
+
+    @classmethod
+    def _init_box_head(
+        cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]
+    ) -> dict[str, Any]:
+        dense = cfg.MODEL.ROI_DENSE_REGRESSION_HEAD
+        if dense.ENABLED and cfg.MODEL.ROI_HEADS.SHARED_BRANCH:
+            raise ValueError(
+                "MODEL.ROI_HEADS.SHARED_BRANCH shares the FC head of the baseline; set "
+                "MODEL.ROI_DENSE_REGRESSION_HEAD.ENABLED to False with it"
+            )
+        names = cfg.MODEL.ROI_HEADS.IN_FEATURES
+        head = build_classification_head(cfg, input_shape)
+        arguments = {
+            "box_in_features": names,
+            "box_pooler": build_box_pooler(cfg, input_shape),
+            "box_head": head,
+        }
+        if not dense.ENABLED:
+            arguments["box_predictor"] = build_delta_predictor(cfg, head.output_shape)
+            if not cfg.MODEL.ROI_HEADS.SHARED_BRANCH:
+                arguments["delta_branch"] = build_delta_branch(cfg, input_shape)
+            return arguments
+        shape = head.output_shape
+        channels, strides = channels_and_strides(input_shape, names)
+        side = dense.POOLER_RESOLUTION
+        arguments["box_predictor"] = ClassPredictor(
+            shape.channels * (shape.height or 1) * (shape.width or 1),
+            cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            cfg.MODEL.ROI_BOX_HEAD.CLS_LOSS_WEIGHT,
+        )
+        arguments["dense_pooler"] = RoIAlignPooler(
+            side, strides, dense.POOLER_SAMPLING_RATIO, dense.POOLER_CONVENTION
+        )
+        arguments["dense_head"] = build_dense_regression_head(
+            cfg, ShapeSpec(channels=channels, height=side, width=side)
+        )
+        return arguments
+
+    def _forward_box(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor] | list[Instances]:
+        maps = [features[name] for name in self.box_in_features]
+        if not self.training:
+            check_finite(maps)
+        boxes = [p.proposal_boxes for p in proposals]
+        box_features = self.box_head(self.box_pooler(maps, boxes))
+        if self.dense_head is None:
+            other = box_features if self.delta_branch is None else self.delta_branch(maps, boxes)
+            predictions = (
+                self.box_predictor.cls_score(box_features.flatten(1)),
+                self.box_predictor.bbox_pred(other.flatten(1)),
+            )
+            if self.training:
+                return self.box_predictor.losses(predictions, proposals)
+            return self._detect_by_deltas(predictions, proposals)
+        logits = self.box_predictor(box_features)
+        if self.training:
+            gt_classes = torch.cat([p.gt_classes for p in proposals])
+            losses = self.box_predictor.losses(logits, gt_classes)
+            losses.update(self._dense_losses(maps, proposals))
+            return losses
+        return self._detect_densely(maps, logits, proposals)
+
+    def _dense_losses(
+        self, maps: list[Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor]:
+        images = image_index([len(p) for p in proposals], maps[0].device)
+        gt_classes = torch.cat([p.gt_classes for p in proposals])
+        positive = ((gt_classes >= 0) & (gt_classes < self.num_classes)).nonzero()[:, 0]
+        limit = self.max_positive_per_image * len(proposals)
+        if positive.numel() > limit:
+            chosen = torch.randperm(positive.numel(), device=positive.device)[:limit]
+            positive = positive[chosen.sort().values]
+        images = images[positive]
+        # detectron2 gives the proposals of an image without objects no gt_boxes.
+        gt_boxes = torch.cat(
+            [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+        )[positive]
+        boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])[positive]
+        boxes = jitter_boxes(boxes.detach(), image_sizes(proposals, boxes)[images], self.jitter)
+        prediction = self.dense_head(self._dense_features(maps, images, boxes))
+        losses, statistics = self.dense_head.losses(prediction, boxes, gt_boxes)
+        storage = get_event_storage()
+        storage.put_scalar("dense_reg/num_rois", positive.numel())
+        for name, value in statistics.items():
+            storage.put_scalar(f"dense_reg/{name}", value)
+        return losses
+
+    def _detect_densely(
+        self, maps: list[Tensor], logits: Tensor, proposals: list[Instances]
+    ) -> list[Instances]:
+        candidates = threshold_candidates(
+            torch.cat([p.proposal_boxes.tensor for p in proposals]),
+            logits.float().softmax(dim=1),
+            image_index([len(p) for p in proposals], logits.device),
+            self.score_thresh,
+        )
+        candidates = nms_candidates(
+            candidates,
+            iou_threshold=self.nms_thresh,
+            limit=self.pre_regression_topk,
+            num_images=len(proposals),
+        )
+        features = self._dense_features(maps, candidates.images, candidates.boxes)
+        boxes = self.dense_head.boxes(self.dense_head(features), candidates.boxes)
+        return self._finish(candidates._replace(boxes=boxes), proposals)
+
+    def _detect_by_deltas(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> list[Instances]:
+        boxes = torch.cat(self.box_predictor.predict_boxes(predictions, proposals))
+        scores = torch.cat(self.box_predictor.predict_probs(predictions, proposals))
+        if boxes.shape[1] != 4:
+            boxes = boxes.view(boxes.shape[0], self.num_classes, 4)
+        images = image_index([len(p) for p in proposals], boxes.device)
+        candidates = threshold_candidates(boxes, scores, images, self.score_thresh)
+        if self.soft_nms is None:
+            candidates = self._clip(candidates, proposals)
+            candidates = nms_candidates(
+                candidates,
+                iou_threshold=self.nms_thresh,
+                limit=self.detections_per_image,
+                num_images=len(proposals),
+            )
+        return self._finish(candidates, proposals)
+
+    def _dense_features(self, maps: list[Tensor], images: Tensor, boxes: Tensor) -> Tensor:
+        rois = torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)
+        return self.dense_pooler.pool(maps, rois)
+
+    def _clip(self, candidates: Candidates, proposals: list[Instances]) -> Candidates:
+        limit = image_sizes(proposals, candidates.boxes)[candidates.images].flip(1).repeat(1, 2)
+        return candidates._replace(boxes=candidates.boxes.clamp(min=0).minimum(limit))
+
+    def _finish(self, candidates: Candidates, proposals: list[Instances]) -> list[Instances]:
+        detections = suppress(
+            self._clip(candidates, proposals),
+            self.soft_nms,
+            limit=self.detections_per_image,
+            num_images=len(proposals),
+        )
+        order = detections.images.argsort(stable=True)
+        counts = torch.bincount(detections.images, minlength=len(proposals)).tolist()
+        results = []
+        parts = (x[order].split(counts) for x in detections[:3])
+        for proposal, boxes, scores, classes in zip(proposals, *parts, strict=True):
+            result = Instances(proposal.image_size)
+            result.pred_boxes = Boxes(boxes)
+            result.scores = scores
+            result.pred_classes = classes
+            results.append(result)
+        return results
+
+
+def image_index(counts: list[int], device: torch.device) -> Tensor:
+    """The image of each box (R,), given the number of boxes of each image."""
+    repeats = torch.tensor(counts, dtype=torch.int64, device=device)
+    return torch.arange(len(counts), device=device).repeat_interleave(
+        repeats, output_size=sum(counts)
+    )
+
+
+def image_sizes(instances: list[Instances], like: Tensor) -> Tensor:
+    """Height and width of each image (N, 2)."""
+    return torch.tensor([x.image_size for x in instances], device=like.device, dtype=like.dtype)
+
+
+def check_finite(maps: list[Tensor]) -> None:
+    """Refuse NaN and Inf, which thresholds and NMS would turn into "no objects here".
+
+    The coarsest map is enough: every pixel of the image reaches it.
+    """
+    if not torch.isfinite(maps[-1]).all():
+        raise FloatingPointError(
+            "the features of an image contain NaN or Inf: look for such values in the input image "
+            "(a float image?) and in the weights (a training that diverged?)"
+        )
