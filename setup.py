@@ -89,7 +89,7 @@ def extension_arguments() -> dict[str, Any]:
         cpp += sources("*.cu")
         kind = cpp_extension.CUDAExtension
     extension = kind("d2det._C", cpp, include_dirs=[str(ROOT / "csrc")], **arguments)
-    # No PyInit: torch.ops.load_library loads it, so that its name need not hold Python's version.
+    # torch.ops.load_library loads it, so that its name need not hold Python's version.
     build_ext = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext}}
 

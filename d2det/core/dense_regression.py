@@ -13,6 +13,11 @@ from d2det.core.losses import dense_iou_loss, elementwise_iou, overlap_loss
 from d2det.core.overlap import overlap_targets
 
 
+def _fill_bias(conv: nn.Conv2d, value: float) -> None:
+    assert conv.bias is not None
+    nn.init.constant_(conv.bias, value)
+
+
 class DensePrediction(NamedTuple):
     """What the head predicts for R RoIs, in float32 at least."""
 
@@ -78,19 +83,19 @@ class DenseRegression(nn.Module):
                 bias=norm is None,
             )
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
+            if norm is None:
+                _fill_bias(conv, 0.0)
             layers += [conv] if norm is None else [conv, norm(conv_dim)]
             layers.append(nn.ReLU(inplace=True))
         self.tower = nn.Sequential(*layers)
         self.offset_predictor = nn.Conv2d(conv_dim, 4, kernel_size=3, padding=1)
         nn.init.normal_(self.offset_predictor.weight, std=0.001)
-        nn.init.constant_(self.offset_predictor.bias, init_offset)
+        _fill_bias(self.offset_predictor, init_offset)
         self.overlap_predictor: nn.Conv2d | None = None
         if predict_overlap:
             self.overlap_predictor = nn.Conv2d(conv_dim, 1, kernel_size=3, padding=1)
             nn.init.normal_(self.overlap_predictor.weight, std=0.001)
-            nn.init.zeros_(self.overlap_predictor.bias)
+            _fill_bias(self.overlap_predictor, 0.0)
 
     def forward(self, pooled: Tensor) -> DensePrediction:
         """Predict.

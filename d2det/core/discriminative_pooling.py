@@ -58,6 +58,11 @@ class WeightPredictor(nn.Module):
 
 
 class _LevelParameters(nn.Module):
+    """The offset and weight predictors of one level, or of all."""
+
+    offsets: OffsetPredictor
+    weights: WeightPredictor | None
+
     def __init__(self, offsets: OffsetPredictor, weights: WeightPredictor | None) -> None:
         super().__init__()
         self.offsets = offsets
@@ -147,7 +152,7 @@ class DiscriminativePooling(nn.Module):
         self, features: Sequence[Tensor], rois: Tensor, level: Tensor, counts: list[int]
     ) -> Tensor:
         small = self._sample(features, rois, level, None, self.offset_resolution, 2)
-        offsets = self._by_level([p.offsets for p in self.levels], small, counts)
+        offsets = self._by_level("offsets", small, counts)
         if self.weighting == "none":
             # The mean over a cell's 2 x 2 bins is a cell with twice the points a side.
             return self._sample(
@@ -157,7 +162,7 @@ class DiscriminativePooling(nn.Module):
         sampled = self._sample(
             features, rois, level, offsets, 2 * self.output_size, self.sampling_ratio
         )
-        logits = self._by_level([p.weights for p in self.levels], sampled, counts)
+        logits = self._by_level("weights", sampled, counts)
         return adaptive_weighted_pool(
             sampled,
             logits,
@@ -186,8 +191,8 @@ class DiscriminativePooling(nn.Module):
             convention=self.convention,
         )
 
-    @staticmethod
-    def _by_level(modules: Sequence[nn.Module], inputs: Tensor, counts: list[int]) -> Tensor:
+    def _by_level(self, name: str, inputs: Tensor, counts: list[int]) -> Tensor:
+        modules = [getattr(level, name) for level in self.levels]
         # Levels without RoIs run on empty slices: their parameters keep a (zero) gradient, which
         # distributed training waits for.
         if len(modules) == 1:

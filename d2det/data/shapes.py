@@ -21,7 +21,7 @@ MAX_LARGE_LENGTH = 180.0
 LARGE_SHARE = 0.8  # images in which a large object is tried first
 MIN_BREADTH = 6.0
 MAX_OBJECTS = 7
-MIN_VISIBLE = 0.65 # of the part inside the image; an object covered further is not placed
+MIN_VISIBLE = 0.65  # of the part inside the image; an object covered further is not placed
 MIN_INSIDE = 0.55  # of the whole shape; the image border cuts the rest
 
 

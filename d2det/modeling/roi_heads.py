@@ -109,9 +109,7 @@ class D2DetROIHeads(StandardROIHeads):
         return arguments
 
     @classmethod
-    def _init_box_head(
-        cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]
-    ) -> dict[str, Any]:
+    def _init_box_head(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         dense = cfg.MODEL.ROI_DENSE_REGRESSION_HEAD
         if dense.ENABLED and cfg.MODEL.ROI_HEADS.SHARED_BRANCH:
             raise ValueError(
@@ -171,9 +169,7 @@ class D2DetROIHeads(StandardROIHeads):
             return losses
         return self._detect_densely(maps, logits, proposals)
 
-    def _dense_losses(
-        self, maps: list[Tensor], proposals: list[Instances]
-    ) -> dict[str, Tensor]:
+    def _dense_losses(self, maps: list[Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         images = image_index([len(p) for p in proposals], maps[0].device)
         gt_classes = torch.cat([p.gt_classes for p in proposals])
         positive = ((gt_classes >= 0) & (gt_classes < self.num_classes)).nonzero()[:, 0]

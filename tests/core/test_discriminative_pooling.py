@@ -46,7 +46,7 @@ def bilinear(plane: torch.Tensor, y: float, x: float) -> torch.Tensor:
     if y < -1 or y > height or x < -1 or x > width:
         return torch.zeros(plane.shape[0], dtype=plane.dtype)
     y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
-    y0, x0 = int(math.floor(y)), int(math.floor(x))
+    y0, x0 = math.floor(y), math.floor(x)
     y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
     fy, fx = y - y0, x - x0
     return (

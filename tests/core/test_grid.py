@@ -63,7 +63,9 @@ def test_degenerate_proposals_stay_finite_and_invert():
     offsets = encode_offsets(proposals, boxes, 7)
     assert offsets.isfinite().all()
     decoded = decode_offsets(proposals, offsets)
-    torch.testing.assert_close(decoded, boxes[:, :, None, None].expand_as(decoded), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        decoded, boxes[:, :, None, None].expand_as(decoded), atol=1e-3, rtol=0
+    )
 
 
 def test_half_precision_boxes_are_widened():

@@ -43,7 +43,8 @@ def test_jitter_of_nothing_and_by_nothing():
 
 
 @pytest.mark.parametrize(
-    ("side", "level"), [(1, 0), (56, 0), (111.9, 0), (112, 1), (224, 2), (447, 2), (448, 3), (9999, 3)]
+    ("side", "level"),
+    [(1, 0), (56, 0), (111.9, 0), (112, 1), (224, 2), (447, 2), (448, 3), (9999, 3)],
 )
 def test_levels_of_the_paper(side, level):
     boxes = torch.tensor([[10.0, 10.0, 10.0 + side, 10.0 + side]])

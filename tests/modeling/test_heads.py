@@ -53,7 +53,10 @@ def test_pooler_takes_boxes_and_gives_the_cores_result():
     torch.manual_seed(0)
     pooler = build_box_pooler(default_cfg(), SHAPES)
     maps = [torch.randn(2, 8, 64 // s, 64 // s) for s in (1, 2, 4, 8)]
-    boxes = [Boxes(torch.tensor([[4.0, 4.0, 60.0, 90.0]])), Boxes(torch.tensor([[0.0, 0, 240, 250]]))]
+    boxes = [
+        Boxes(torch.tensor([[4.0, 4.0, 60.0, 90.0]])),
+        Boxes(torch.tensor([[0.0, 0, 240, 250]])),
+    ]
     rois = torch.tensor([[0, 4.0, 4.0, 60.0, 90.0], [1, 0.0, 0.0, 240.0, 250.0]])
     expected = DiscriminativePooling.forward(pooler, maps, rois)
     assert torch.equal(pooler(maps, boxes), expected)
@@ -61,16 +64,16 @@ def test_pooler_takes_boxes_and_gives_the_cores_result():
 
 
 def test_heads_and_poolers_of_other_people():
-    @ROI_POOLER_REGISTRY.register("TestOnlyPooler")
-    class Pooler(torch.nn.Module):
+    @ROI_POOLER_REGISTRY.register()
+    class TestOnlyPooler(torch.nn.Module):
         def __init__(self, cfg, input_shape):
             super().__init__()
 
         def forward(self, features, boxes):
             return features[0].new_zeros(sum(len(b) for b in boxes), 8, 7, 7)
 
-    @ROI_DENSE_REGRESSION_HEAD_REGISTRY.register("TestOnlyHead")
-    class Head(torch.nn.Module):
+    @ROI_DENSE_REGRESSION_HEAD_REGISTRY.register()
+    class TestOnlyHead(torch.nn.Module):
         def __init__(self, cfg, input_shape):
             super().__init__()
 
@@ -86,7 +89,8 @@ def test_heads_and_poolers_of_other_people():
     cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
     cfg.MODEL.ROI_DENSE_REGRESSION_HEAD.NAME = "TestOnlyHead"
     heads = D2DetROIHeads(cfg, SHAPES)
-    assert isinstance(heads.box_pooler, Pooler) and isinstance(heads.dense_head, Head)
+    assert isinstance(heads.box_pooler, TestOnlyPooler)
+    assert isinstance(heads.dense_head, TestOnlyHead)
 
 
 def test_errors_name_the_key():

@@ -21,11 +21,11 @@ def test_lazy_config_is_the_yaml_config(small_cfg, batch):
     bottom_up = cfg.backbone.bottom_up
     bottom_up.stem.out_channels = 8
     bottom_up.stages = [
-        dict(
-            bottleneck_channels=8 * 2**i,
-            in_channels=8 if i == 0 else 16 * 2 ** (i - 1),
-            out_channels=16 * 2**i,
-        )
+        {
+            "bottleneck_channels": 8 * 2**i,
+            "in_channels": 8 if i == 0 else 16 * 2 ** (i - 1),
+            "out_channels": 16 * 2**i,
+        }
         for i in range(4)
     ]
     from detectron2.config import LazyCall as L
