@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+from machine import describe
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -103,8 +102,9 @@ def main() -> None:
         list(pool.map(one, runs))
     progress.close()
     table = collect(args.configs, args.seeds, args.output)
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    table += f"\n\nMean over the seeds (lowest to highest). torch {torch.__version__}, {machine}.\n"
+    table += (
+        f"\n\nMean over the seeds (lowest to highest), {args.jobs} runs at a time. {describe()}.\n"
+    )
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text(table)
     print(table)
