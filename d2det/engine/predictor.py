@@ -105,7 +105,7 @@ class Predictor:
             FileNotFoundError: a path that does not exist.
         """
         single = isinstance(images, (np.ndarray, str, Path))
-        listed: list[Any] = [images] if single else list(images)
+        listed: Any = [images] if single else images
         outputs: list[dict[str, Any]] = []
         for start in range(0, len(listed), self.batch_size):
             batch = listed[start : start + self.batch_size]

@@ -1,0 +1,8 @@
+"""Evaluators, and what is shown of their results: tables, pictures and curves."""
+
+from __future__ import annotations
+
+from .build import build_evaluator, inference_folder
+from .coco import CocoEvaluator
+
+__all__ = ["CocoEvaluator", "build_evaluator", "inference_folder"]
