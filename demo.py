@@ -63,11 +63,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--score-thresh", type=float, default=0.3, metavar="S", help="lowest score (%(default)s)"
     )
-    parser.add_argument("--device", help="e.g. cpu; without it, the GPU if there is one")
+    parser.add_argument("--device", help="e.g. cpu; without it, the config's, if it is there")
     parser.add_argument("--amp", action="store_true", help="half precision")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at a time")
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys to override, after all other options",
     )
     args = parser.parse_args(argv)
     if not args.input and args.webcam is None:

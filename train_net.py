@@ -28,8 +28,8 @@ def main(args: Namespace) -> dict[str, Any]:
             load_trained(model, weights_to_evaluate(cfg, args.resume))
         results = Trainer.test(cfg, model)
     else:
-        trainer = Trainer(cfg)
         with input_errors():
+            trainer = Trainer(cfg)
             trainer.resume_or_load(args.resume)
         model, results = trainer.model, trainer.train()
     if cfg.TEST.AUG.ENABLED:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 def add_d2det_config(cfg: CfgNode) -> CfgNode:
     """Add d2det's keys, with their defaults, to a detectron2 config.
 
-    The defaults are the paper's, so that `MODEL.ROI_HEADS.NAME: "D2DetROIHeads"` and
-    `MODEL.ROI_BOX_HEAD.POOLER_TYPE: "DiscriminativeRoIPooler"` are all that a Faster R-CNN config
-    needs to become D2Det. Calling it twice is harmless: values already changed are kept.
+    The defaults are the paper's heads: with `MODEL.ROI_HEADS.NAME: "D2DetROIHeads"`,
+    `MODEL.ROI_BOX_HEAD.POOLER_TYPE: "DiscriminativeRoIPooler"` and `POOLER_RESOLUTION: 7` a Faster
+    R-CNN config becomes D2Det. The rest of the recipe is in configs/Base-D2Det-FPN.yaml. Calling it
+    twice is harmless: values already changed are kept.
 
     Args:
         cfg: the config to extend, in place.
@@ -84,7 +85,6 @@ def _add_dense_regression(cfg: CfgNode, CN: type) -> None:
     dense.NAME = "DenseLocalRegressionHead"
     dense.POOLER_RESOLUTION = 14  # RoIAlign's output; the first convolution halves it
     dense.POOLER_SAMPLING_RATIO = 2
-    dense.POOLER_CONVENTION = "aligned"
     # The tower: 8 x 576 costs 2.2 GFLOP a RoI; narrow it where only a CPU is at hand.
     dense.NUM_CONV = 8
     dense.CONV_DIM = 576

@@ -1,7 +1,8 @@
-"""D2Det R50-FPN as a LazyConfig: the model of COCO-Detection/d2det_R_50_FPN_2x.yaml.
+"""D2Det R50-FPN as a LazyConfig: the layers of COCO-Detection/d2det_R_50_FPN_2x.yaml.
 
-Data, optimizer and schedule are detectron2's own; train it with detectron2's
-`tools/lazyconfig_train_net.py`.
+Train it with detectron2's `tools/lazyconfig_train_net.py`. Data, optimizer and schedule (2x, 16
+images a step) are detectron2's own; unlike in the yaml file, scale and shift of the backbone's
+norms stay frozen.
 """
 
 from detectron2 import model_zoo
@@ -9,13 +10,12 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
-from d2det.core import SoftNMS
+from d2det.core import MultiLevelRoIAlign, SoftNMS
 from d2det.modeling import (
     ClassPredictor,
     D2DetROIHeads,
     DenseLocalRegressionHead,
     DiscriminativeRoIPooler,
-    RoIAlignPooler,
 )
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
@@ -49,7 +49,7 @@ model.roi_heads = L(D2DetROIHeads)(
     box_predictor=L(ClassPredictor)(
         in_features=1024, num_classes="${..num_classes}", loss_weight=2.0
     ),
-    dense_pooler=L(RoIAlignPooler)(output_size=14, strides=STRIDES, sampling_ratio=2),
+    dense_pooler=L(MultiLevelRoIAlign)(output_size=14, strides=STRIDES, sampling_ratio=2),
     dense_head=L(DenseLocalRegressionHead)(
         input_shape=ShapeSpec(channels=256, height=14, width=14)
     ),
@@ -59,4 +59,7 @@ model.roi_heads = L(D2DetROIHeads)(
 dataloader.train.mapper.image_format = "RGB"
 dataloader.train.mapper.use_instance_mask = False
 dataloader.test.mapper.image_format = "RGB"
-train.init_checkpoint = "torchvision://resnet50"
+optimizer.params.weight_decay_norm = 1e-4
+train.max_iter = 180000  # where lr_multiplier_2x ends
+# torchvision's weights as detectron2 offers them: RGB, with the statistics above.
+train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"

@@ -12,7 +12,15 @@ from d2det.core.levels import assign_levels
 from d2det.core.losses import dense_iou_loss, overlap_loss
 from d2det.core.overlap import overlap_targets
 from d2det.core.roi_align import MultiLevelRoIAlign
-from d2det.core.selection import Candidates, SoftNMS, nms_candidates, suppress
+from d2det.core.sampling import sample_positives
+from d2det.core.selection import (
+    Candidates,
+    SoftNMS,
+    clip_boxes,
+    nms_candidates,
+    suppress,
+    threshold_candidates,
+)
 
 __all__ = [
     "Candidates",
@@ -24,6 +32,7 @@ __all__ = [
     "assign_levels",
     "average_boxes",
     "cell_centers",
+    "clip_boxes",
     "decode_offsets",
     "dense_iou_loss",
     "encode_offsets",
@@ -31,5 +40,7 @@ __all__ = [
     "nms_candidates",
     "overlap_loss",
     "overlap_targets",
+    "sample_positives",
     "suppress",
+    "threshold_candidates",
 ]

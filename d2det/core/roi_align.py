@@ -34,10 +34,6 @@ class MultiLevelRoIAlign(nn.Module):
         self.convention = convention
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """Same as `pool`."""
-        return self.pool(features, rois)
-
-    def pool(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
         """Pool.
 
         Args:

@@ -105,6 +105,11 @@ def suppress(
     return _best_per_image(candidates, limit, num_images)
 
 
+def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Boxes (M, 4) cut at the border of their images, whose heights and widths are given (M, 2)."""
+    return boxes.clamp(min=0).minimum(image_sizes.to(boxes.dtype).flip(1).repeat(1, 2))
+
+
 def _groups(candidates: Candidates) -> Tensor:
     """One number for each pair of image and class (M,), without asking the device for K."""
     if candidates.classes.numel() == 0:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-RESUME_CHOICES = ("no", "must", "auto")
+from .checkpoint import RESUME_CHOICES
 
 _DESCRIPTION = "Train and evaluate D2Det, or any detectron2 detector."
 _EXAMPLES = """\

@@ -41,12 +41,20 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     args.checked = True
-    if on_gpu:
-        detectron2_launch(
-            main, processes, args.num_machines, args.machine_rank, dist_url=url, args=(args,)
-        )
-        return
-    mp.start_processes(_cpu_process, nprocs=processes, args=(main, args, processes, url))
+    try:
+        if on_gpu:
+            detectron2_launch(
+                main, processes, args.num_machines, args.machine_rank, dist_url=url, args=(args,)
+            )
+        else:
+            mp.start_processes(_cpu_process, nprocs=processes, args=(main, args, processes, url))
+    except mp.ProcessRaisedException as error:
+        # The exception of a process arrives as the text of its traceback.
+        _, marker, message = str(error).rpartition(f"{InputError.__module__}.InputError: ")
+        if not marker:
+            raise
+        print(f"error: {message.strip()}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _processes(args: Namespace) -> tuple[int, bool]:

@@ -70,6 +70,8 @@ class Predictor:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if weights is None and isinstance(config, (str, Path)) and Path(config).is_dir():
+            config, weights = None, config
         config = load_config(config, weights)
         build = _from_lazy if isinstance(config, DictConfig) else _from_cfg
         self.model, default_weights, self._augmentations, self._format, names = build(

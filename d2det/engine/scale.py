@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
 
-def scale_to_batch(cfg: CfgNode) -> CfgNode:
+def scale_to_batch(cfg: CfgNode, keep: Collection[str] = ()) -> CfgNode:
     """Scale the schedule from SOLVER.REFERENCE_IMS_PER_BATCH to the real images a step.
 
     With f = IMS_PER_BATCH * ACCUMULATE / REFERENCE_IMS_PER_BATCH, learning rates are multiplied by
@@ -18,6 +19,7 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
 
     Args:
         cfg: changed in place, frozen or not; untouched if the reference is 0 or the real number.
+        keep: keys, such as "SOLVER.MAX_ITER", whose values are meant as they stand.
 
     Returns:
         The same object.
@@ -43,13 +45,16 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
         # 0 means "never" or "none"; anything else must not become it.
         return max(1, round(iterations / factor)) if iterations > 0 else iterations
 
-    solver.BASE_LR *= factor
-    solver.BASE_LR_END *= factor
-    solver.MAX_ITER = scaled(solver.MAX_ITER)
-    solver.STEPS = tuple(scaled(step) for step in solver.STEPS)
-    solver.WARMUP_ITERS = scaled(solver.WARMUP_ITERS)
-    solver.CHECKPOINT_PERIOD = scaled(solver.CHECKPOINT_PERIOD)
-    cfg.TEST.EVAL_PERIOD = scaled(cfg.TEST.EVAL_PERIOD)
+    for key in ("BASE_LR", "BASE_LR_END"):
+        if f"SOLVER.{key}" not in keep:
+            solver[key] *= factor
+    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        if f"SOLVER.{key}" not in keep:
+            solver[key] = scaled(solver[key])
+    if "SOLVER.STEPS" not in keep:
+        solver.STEPS = tuple(scaled(step) for step in solver.STEPS)
+    if "TEST.EVAL_PERIOD" not in keep:
+        cfg.TEST.EVAL_PERIOD = scaled(cfg.TEST.EVAL_PERIOD)
     solver.REFERENCE_IMS_PER_BATCH = images
     changes = ", ".join(f"{k} {before[k]} -> {v}" for k, v in _schedule(cfg).items())
     logger.info("Schedule scaled from %d to %d images a step: %s", reference, images, changes)

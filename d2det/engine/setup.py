@@ -46,7 +46,11 @@ def input_errors() -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # out of memory, say: the traceback is needed
+            raise
         raise InputError(str(error)) from error
 
 
@@ -98,7 +102,7 @@ def setup(args: Namespace) -> CfgNode:
     args = Namespace(**{**vars(args), "config_file": str(find_config(args.config_file))})
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="d2det", configure_stdout=False)
     default_setup(cfg, args)
-    if comm.is_main_process():
+    if comm.is_main_process() and not args.eval_only:
         save_class_names(cfg)
     return cfg
 
@@ -131,7 +135,8 @@ def _build(args: Namespace) -> CfgNode:
     if args.num_processes > 0:
         cfg.MODEL.DEVICE = "cpu"
     use_available_device(cfg)
-    scale_to_batch(cfg)
+    # What was typed is meant as it is; the file's schedule follows the batch size.
+    scale_to_batch(cfg, keep=(args.opts or [])[::2])
     cfg.freeze()
     return cfg
 

@@ -27,8 +27,8 @@ _REMEDIES = (
 def distribute(model: nn.Module) -> nn.Module:
     """Wrap `model` for training in several processes, on GPUs or CPUs; as it is in a single one.
 
-    A process whose images give no positive RoI uses fewer parameters than the others, hence
-    `find_unused_parameters`. All processes start from the weights of the first.
+    Many of detectron2's heads leave out parameters where a process has no positive RoI (D2Det's do
+    not), hence `find_unused_parameters`. All processes start from the weights of the first.
     """
     model.register_forward_hook(_connect_losses)
     if comm.get_world_size() == 1:
@@ -172,7 +172,8 @@ class StepTrainer(SimpleTrainer):
         if self.max_grad_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, self.norm_type)
+            norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, self.norm_type)
+            get_event_storage().put_scalar("grad_norm", norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

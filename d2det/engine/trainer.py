@@ -101,8 +101,12 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def before_train(self) -> None:
-        if self.start_iter > 0 and comm.is_main_process():
+        if comm.is_main_process():
             trim_metrics(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
+            best = os.path.join(self.cfg.OUTPUT_DIR, "model_best.pth")
+            if self.start_iter == 0 and os.path.isfile(best):
+                logger.warning("Removing %s, which an earlier training left there.", best)
+                os.remove(best)
         super().before_train()
         if self._resumed_rng is not None:  # last, as anything above may draw random numbers
             set_rng_state(self._resumed_rng)

@@ -15,11 +15,11 @@ FILE_NAME = "classes.json"
 
 
 def names_from_datasets(cfg: CfgNode) -> list[str]:
-    """Class names of the first registered data set of `cfg` that has them, else []."""
+    """Names of the first registered data set of `cfg` that has NUM_CLASSES of them, else []."""
     registered = DatasetCatalog.list()
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         names = MetadataCatalog.get(name).get("thing_classes") if name in registered else None
-        if names:
+        if names and len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             return list(names)
     return []
 

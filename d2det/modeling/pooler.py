@@ -12,7 +12,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from d2det.core import DiscriminativePooling, MultiLevelRoIAlign
+from d2det.core import DiscriminativePooling
 from d2det.modeling.shapes import channels_and_strides
 
 ROI_POOLER_REGISTRY = Registry("ROI_POOLER")
@@ -53,14 +53,6 @@ class DiscriminativeRoIPooler(DiscriminativePooling):
 
     def forward(self, features: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         """Pool the boxes of all images: (R, C, k, k)."""
-        return super().forward(features, convert_boxes_to_pooler_format(box_lists))
-
-
-class RoIAlignPooler(MultiLevelRoIAlign):
-    """`d2det.core.MultiLevelRoIAlign` with detectron2's pooler interface."""
-
-    def forward(self, features: list[Tensor], box_lists: list[Boxes]) -> Tensor:
-        """Pool the boxes of all images: (R, C, o, o)."""
         return super().forward(features, convert_boxes_to_pooler_format(box_lists))
 
 

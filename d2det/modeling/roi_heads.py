@@ -13,8 +13,17 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from d2det.core import Candidates, SoftNMS, jitter_boxes, nms_candidates, suppress
-from d2det.core.selection import threshold_candidates
+from d2det.core import (
+    Candidates,
+    MultiLevelRoIAlign,
+    SoftNMS,
+    clip_boxes,
+    jitter_boxes,
+    nms_candidates,
+    sample_positives,
+    suppress,
+    threshold_candidates,
+)
 from d2det.modeling.box_branches import (
     ClassPredictor,
     build_classification_head,
@@ -22,7 +31,7 @@ from d2det.modeling.box_branches import (
     build_delta_predictor,
 )
 from d2det.modeling.dense_head import build_dense_regression_head
-from d2det.modeling.pooler import RoIAlignPooler, build_box_pooler
+from d2det.modeling.pooler import build_box_pooler
 from d2det.modeling.shapes import channels_and_strides
 
 
@@ -56,7 +65,8 @@ class D2DetROIHeads(StandardROIHeads):
         """Besides the arguments of detectron2's `StandardROIHeads`:
 
         Args:
-            dense_pooler, dense_head: the dense regression branch; both or neither.
+            dense_pooler, dense_head: the dense regression branch; both or neither. The pooler is
+                called with the feature maps and RoIs (R, 5), as `d2det.core.MultiLevelRoIAlign`.
             delta_branch: without them, the branch whose features `box_predictor.bbox_pred` reads;
                 None shares the classification branch's features.
             jitter: see `d2det.core.jitter_boxes`; training only.
@@ -136,9 +146,7 @@ class D2DetROIHeads(StandardROIHeads):
             cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             cfg.MODEL.ROI_BOX_HEAD.CLS_LOSS_WEIGHT,
         )
-        arguments["dense_pooler"] = RoIAlignPooler(
-            side, strides, dense.POOLER_SAMPLING_RATIO, dense.POOLER_CONVENTION
-        )
+        arguments["dense_pooler"] = MultiLevelRoIAlign(side, strides, dense.POOLER_SAMPLING_RATIO)
         arguments["dense_head"] = build_dense_regression_head(
             cfg, ShapeSpec(channels=channels, height=side, width=side)
         )
@@ -171,12 +179,11 @@ class D2DetROIHeads(StandardROIHeads):
 
     def _dense_losses(self, maps: list[Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         images = image_index([len(p) for p in proposals], maps[0].device)
-        gt_classes = torch.cat([p.gt_classes for p in proposals])
-        positive = ((gt_classes >= 0) & (gt_classes < self.num_classes)).nonzero()[:, 0]
-        limit = self.max_positive_per_image * len(proposals)
-        if positive.numel() > limit:
-            chosen = torch.randperm(positive.numel(), device=positive.device)[:limit]
-            positive = positive[chosen.sort().values]
+        positive = sample_positives(
+            torch.cat([p.gt_classes for p in proposals]),
+            self.num_classes,
+            self.max_positive_per_image * len(proposals),
+        )
         images = images[positive]
         # detectron2 gives the proposals of an image without objects no gt_boxes.
         gt_boxes = torch.cat(
@@ -232,11 +239,11 @@ class D2DetROIHeads(StandardROIHeads):
 
     def _dense_features(self, maps: list[Tensor], images: Tensor, boxes: Tensor) -> Tensor:
         rois = torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)
-        return self.dense_pooler.pool(maps, rois)
+        return self.dense_pooler(maps, rois)
 
     def _clip(self, candidates: Candidates, proposals: list[Instances]) -> Candidates:
-        limit = image_sizes(proposals, candidates.boxes)[candidates.images].flip(1).repeat(1, 2)
-        return candidates._replace(boxes=candidates.boxes.clamp(min=0).minimum(limit))
+        sizes = image_sizes(proposals, candidates.boxes)[candidates.images]
+        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes))
 
     def _finish(self, candidates: Candidates, proposals: list[Instances]) -> list[Instances]:
         detections = suppress(
@@ -276,8 +283,11 @@ def check_finite(maps: list[Tensor]) -> None:
 
     The coarsest map is enough: every pixel of the image reaches it.
     """
-    if not torch.isfinite(maps[-1]).all():
+    finite = torch.isfinite(maps[-1]).flatten(1).all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero()[:, 0].tolist()
         raise FloatingPointError(
-            "the features of an image contain NaN or Inf: look for such values in the input image "
-            "(a float image?) and in the weights (a training that diverged?)"
+            f"the features of image(s) {bad} of the batch contain NaN or Inf: look for such values "
+            "in the input (a float image?) and in the weights (a training that diverged?); under "
+            "float16, features may overflow: try bfloat16 (SOLVER.AMP.PRECISION bf16)"
         )

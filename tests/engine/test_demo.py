@@ -161,7 +161,7 @@ def test_unreadable_inputs_are_skipped_and_counted(demo, photos, capsys):
 
 def test_overrides_and_named_config(demo, photos, tiny_yaml, finished_run):
     line = ["--config-file", tiny_yaml, "--score-thresh", 0, "--input", photos / "a.png"]
-    limited = ["--output", finished_run.parent / "out", "TEST.DETECTIONS_PER_IMAGE", 2]
+    limited = ["--output", finished_run.parent / "out", "--opts", "TEST.DETECTIONS_PER_IMAGE", 2]
     _, content = demo(*line, *limited)
     assert len(content["annotations"]) == 2
 
@@ -174,7 +174,10 @@ def test_overrides_and_named_config(demo, photos, tiny_yaml, finished_run):
         (["--input", "{photos}", "--output", "{photos}"], "holds inputs"),
         (["--input", "{photos}", "--weights", "none.pth"], "none.pth do not exist"),
         (["--input", "{photos}", "--config-file", "quickstrat"], "did you mean quickstart"),
-        (["--input", "{photos}", "--device", "cpu", "SED", "1"], "unknown config key SED"),
+        (
+            ["--input", "{photos}", "--device", "cpu", "--opts", "SED", "1"],
+            "unknown config key SED",
+        ),
     ],
 )
 def test_bad_input(demo, photos, args, message):

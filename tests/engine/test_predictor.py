@@ -49,6 +49,7 @@ def test_same_as_default_predictor(run, image):
     expected = DefaultPredictor(cfg)(image)
     assert_same(Predictor(cfg)(image), expected)
     assert_same(d2det.Predictor(None, run)(image), expected)
+    assert_same(d2det.Predictor(str(run))(image), expected)
     cfg.INPUT.FORMAT = "RGB"
     in_rgb = DefaultPredictor(cfg)(image)
     assert_same(Predictor(cfg)(image), in_rgb)

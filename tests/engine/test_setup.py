@@ -156,9 +156,14 @@ def test_training_data_alone_is_not_evaluated(prepared):
     assert prepared(val=None).DATASETS.TEST == ()
 
 
-def test_schedule_is_scaled(prepared):
-    cfg = prepared(opts=["SOLVER.REFERENCE_IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.1])
-    assert pytest.approx(0.05) == cfg.SOLVER.BASE_LR
+def test_the_schedule_is_scaled_but_not_what_was_typed(prepared):
+    plain = prepared().SOLVER
+    images = plain.IMS_PER_BATCH
+    scaled = prepared(
+        opts=["SOLVER.REFERENCE_IMS_PER_BATCH", 2 * images, "SOLVER.MAX_ITER", 33]
+    ).SOLVER
+    assert scaled.BASE_LR == pytest.approx(plain.BASE_LR / 2)
+    assert scaled.MAX_ITER == 33
 
 
 def test_cpu_processes_run_on_the_cpu(prepared):
@@ -240,6 +245,13 @@ def test_setup_writes_config_log_and_classes(tiny_yaml, coco_data, tmp_path):
     again = get_cfg(tmp_path / "run" / "config.yaml")
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
     assert "Full config saved" in (tmp_path / "run" / "log.txt").read_text()
+    kept = tmp_path / "run" / "classes.json"
+    kept.write_text('{"classes": ["of", "the", "training"]}')
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    line += ["--eval-only", "OUTPUT_DIR", str(tmp_path / "run"), "MODEL.WEIGHTS", str(weights)]
+    setup.setup(argument_parser().parse_args(line))
+    assert "training" in kept.read_text()
 
 
 class TestLaunch:
@@ -262,6 +274,24 @@ class TestLaunch:
             launch.launch(main, self.args())
         assert end.value.code == 2
         assert capsys.readouterr().err == "error: no such thing\n"
+
+    def test_bad_input_in_a_process_is_a_message_too(self, capsys, monkeypatch):
+        def raised(text):
+            def start(*args, **kwargs):
+                raise launch.mp.ProcessRaisedException(text, 0, 1)
+
+            return start
+
+        monkeypatch.setattr(launch, "prepare", lambda args: None)
+        text = "Traceback:\n  ...\nd2det.engine.setup.InputError: weights w.pth\ndo not fit\n"
+        monkeypatch.setattr(launch.mp, "start_processes", raised(text))
+        with pytest.raises(SystemExit) as end:
+            launch.launch(print, self.args("--num-processes", "2"))
+        assert end.value.code == 2
+        assert capsys.readouterr().err == "error: weights w.pth\ndo not fit\n"
+        monkeypatch.setattr(launch.mp, "start_processes", raised("ZeroDivisionError: oh"))
+        with pytest.raises(launch.mp.ProcessRaisedException):
+            launch.launch(print, self.args("--num-processes", "2"))
 
     def test_other_errors_keep_their_traceback(self):
         def main(args):

@@ -75,6 +75,10 @@ def test_class_names_are_written_and_read(tmp_path):
     cfg.DATASETS.TRAIN = ("coco_2017_val",)
     save_class_names(cfg)
     assert load_class_names(tmp_path)[:2] == ["person", "bicycle"]
+    (tmp_path / "classes.json").unlink()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2  # not the 80 of the data set
+    save_class_names(cfg)
+    assert load_class_names(tmp_path) == []
     (tmp_path / "classes.json").write_text("[1]")
     assert load_class_names(tmp_path) == []
     assert fill_up(["a"], 2) == ["class 0", "class 1"]

@@ -6,7 +6,8 @@ from torchvision.ops import deform_conv2d
 
 pytest.importorskip("detectron2")
 
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.events import EventStorage
 
 from d2det.modeling.deform_conv import DeformConv2d
 
@@ -69,3 +70,31 @@ def test_affine_norms_train_with_fixed_statistics(small_cfg):
         small_cfg("quickstart.yaml", "MODEL.RESNETS.NORM", "FrozenBN")
     ).bottom_up
     assert not {n for n, _ in frozen.named_parameters() if ".norm." in n}
+
+
+def test_any_backbone_of_detectron2(small_cfg, batch):
+    """One level without a pyramid, and a pyramid of other levels and width."""
+    single = small_cfg(
+        "quickstart.yaml",
+        "MODEL.BACKBONE.NAME", "build_resnet_backbone",
+        "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.OUT_FEATURES", ["res4"],
+        "MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES", ["res4"],
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]],
+    )  # fmt: skip
+    other = small_cfg(
+        "quickstart.yaml",
+        "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
+        "MODEL.RESNETS.DEPTH", 50, "MODEL.FPN.OUT_CHANNELS", 20,
+        "MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"],
+        "MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"],
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]],
+    )  # fmt: skip
+    inputs = batch((96, 128, [[10, 10, 60, 50], [70, 20, 120, 90]], [0, 2]))
+    for cfg, levels in ((single, 1), (other, 5)):
+        model = build_model(cfg)
+        assert len(model.roi_heads.box_pooler.levels) == levels
+        with EventStorage(0):
+            sum(model(inputs).values()).backward()
+        assert all(p.grad is not None for p in model.roi_heads.parameters())
+        with torch.no_grad():
+            assert "instances" in model.eval()(inputs)[0]

@@ -171,6 +171,7 @@ def test_a_faster_rcnn_lends_its_weights(small_cfg):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_overfits_one_image(small_cfg, batch):
     torch.manual_seed(0)
     cfg = small_cfg(

@@ -48,6 +48,14 @@ def test_a_quarter_of_the_images(keys, engine_log):
     assert scale_to_batch(cfg).dump() == after
 
 
+def test_typed_values_stand():
+    cfg = config(IMS_PER_BATCH=4)
+    scale_to_batch(cfg, keep=["SOLVER.MAX_ITER", "SOLVER.STEPS", "TEST.EVAL_PERIOD"])
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (90000, (60000, 80000))
+    assert cfg.TEST.EVAL_PERIOD == 10000
+    assert cfg.SOLVER.WARMUP_ITERS == 4000
+
+
 def test_more_images_keep_what_is_never_and_never_reach_it():
     cfg = config(IMS_PER_BATCH=64, WARMUP_ITERS=0, CHECKPOINT_PERIOD=1, MAX_ITER=90002)
     cfg.TEST.EVAL_PERIOD = 0
