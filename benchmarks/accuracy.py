@@ -23,6 +23,8 @@ from machine import describe
 from tabulate import tabulate
 from tqdm import tqdm
 
+from d2det import get_cfg
+
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
 
@@ -40,6 +42,20 @@ def arguments() -> argparse.Namespace:
         help="all that follows goes to train_net.py, e.g. --train-json A.json ... KEY VALUE",
     )  # fmt: skip
     return parser.parse_args()
+
+
+def claim(config: str, args: argparse.Namespace) -> None:
+    """Note what a method's folder holds; refuse one that holds runs of other settings."""
+    folder = args.output / Path(config).stem
+    settings = {"config": get_cfg(config).dump(), "train_args": args.train_args}
+    note = folder / "settings.json"
+    if note.is_file() and json.loads(note.read_text()) != settings:
+        sys.exit(
+            f"error: {folder} holds runs with another config or other --train-args: remove it, or "
+            "choose another --output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings, indent=1))
 
 
 def run(config: str, seed: int, args: argparse.Namespace) -> Path:
@@ -87,6 +103,8 @@ def collect(configs: list[str], seeds: list[int], output: Path) -> str:
 
 def main() -> None:
     args = arguments()
+    for config in args.configs:
+        claim(config, args)
     runs = [(config, seed) for seed in args.seeds for config in args.configs]
     progress = tqdm(total=len(runs), unit="run", desc="training")
     failed = []
