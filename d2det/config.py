@@ -46,11 +46,12 @@ def _add_roi_heads(cfg: CfgNode, CN: type) -> None:
     heads.SHARED_BRANCH = False
     # Boxes that go on to dense regression after NMS on the proposals (releases: 125).
     heads.PRE_REGRESSION_TOPK = 125
-    # Per-class soft-NMS on the regressed boxes (Bodla et al., ICCV 2017).
+    # Per-class soft-NMS on the regressed boxes (Bodla et al., ICCV 2017). Several proposals may have
+    # been moved onto one object: without any NMS here (ENABLED False), all of them are returned.
     heads.SOFT_NMS = CN()
     heads.SOFT_NMS.ENABLED = True
-    heads.SOFT_NMS.METHOD = "linear"  # or "gaussian"
-    heads.SOFT_NMS.IOU_THRESH = 0.5  # "linear": overlap above which scores decay
+    heads.SOFT_NMS.METHOD = "linear"  # or "gaussian"; "hard" is plain NMS
+    heads.SOFT_NMS.IOU_THRESH = 0.5  # "linear", "hard": overlap that is punished
     heads.SOFT_NMS.SIGMA = 0.5  # "gaussian": width of the decay
     heads.SOFT_NMS.MIN_SCORE = 1e-3  # boxes whose score falls below this are dropped
     # Weight of the classification loss: the releases double it against the RPN's losses.

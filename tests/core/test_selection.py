@@ -81,6 +81,15 @@ def test_suppress_decays_within_image_and_class_only():
     assert plain.rois.tolist() == [0, 3]
 
 
+def test_plain_nms_is_a_method_of_suppress():
+    boxes, scores, images = scored(80, 2, 2)
+    everything = threshold_candidates(boxes, scores, images, 0.2)
+    found = suppress(everything, SoftNMS("hard", 0.4), limit=1000, num_images=2)
+    expected = nms_candidates(everything, iou_threshold=0.4, limit=1000, num_images=2)
+    assert torch.equal(found.rois, expected.rois)
+    assert torch.equal(found.scores, expected.scores)
+
+
 def test_suppress_drops_boxes_without_area():
     candidates = Candidates(
         boxes=torch.tensor([[0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 2.0, 2.0], [9.0, 3.0, 4.0, 4.0]]),
