@@ -23,7 +23,10 @@ _own_datasets: list[str] = []
 def pytest_configure(config: pytest.Config) -> None:
     """Set before any test module is imported, hence before d2det registers its data sets."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # The tensors are tiny. More threads gain nothing, and where other programs want the cores too
+    # they spin: some tests then took ten times as long. Child processes read the variable.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     if DATASETS not in os.environ:
         _own_datasets.append(tempfile.mkdtemp(prefix="d2det-datasets-"))
         os.environ[DATASETS] = _own_datasets[0]
