@@ -46,8 +46,8 @@ def _add_roi_heads(cfg: CfgNode, CN: type) -> None:
     heads.SHARED_BRANCH = False
     # Boxes that go on to dense regression after NMS on the proposals (releases: 125).
     heads.PRE_REGRESSION_TOPK = 125
-    # Per-class soft-NMS on the regressed boxes (Bodla et al., ICCV 2017). Several proposals may have
-    # been moved onto one object: with no NMS here (ENABLED False), all of them are returned.
+    # Per-class soft-NMS on the regressed boxes (Bodla et al., ICCV 2017). Several proposals may be
+    # moved onto one object: with no NMS here (ENABLED False), all of them are returned.
     heads.SOFT_NMS = CN()
     heads.SOFT_NMS.ENABLED = True
     heads.SOFT_NMS.METHOD = "linear"  # or "gaussian"; "hard" is plain NMS
