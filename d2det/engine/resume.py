@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,21 @@ def seeded_rng(seed: int) -> Iterator[None]:
         yield
     finally:
         set_rng_state(state)
+
+
+def keep_earlier(folder: str) -> None:
+    """Set aside what an earlier training in `folder` would mix into a new one.
+
+    Its best weights would be taken for the new training's, its metrics for the beginning of the new
+    curves. They become `earlier_model_best.pth` and `earlier_metrics.json`.
+    """
+    best, metrics = (os.path.join(folder, n) for n in ("model_best.pth", "metrics.json"))
+    if os.path.isfile(best):
+        os.replace(best, os.path.join(folder, "earlier_model_best.pth"))
+        logger.warning("%s of an earlier training is now earlier_model_best.pth.", best)
+    if os.path.isfile(metrics) and os.path.getsize(metrics):
+        # Copied, not renamed: the new training's writer may have the file open already.
+        shutil.copyfile(metrics, os.path.join(folder, "earlier_metrics.json"))
 
 
 def trim_metrics(path: str, start_iter: int) -> None:

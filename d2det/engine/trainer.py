@@ -24,7 +24,7 @@ from d2det.engine.amp import amp_dtype, autocast_calls
 from d2det.engine.checkpoint import Checkpointer
 from d2det.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint, PreciseBN
 from d2det.engine.loader import TrainLoader, build_train_loader
-from d2det.engine.resume import set_rng_state, trim_metrics
+from d2det.engine.resume import keep_earlier, set_rng_state, trim_metrics
 from d2det.engine.step import StepTrainer, distribute, share_buffers
 
 logger = logging.getLogger(__name__)
@@ -102,11 +102,9 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         if comm.is_main_process():
+            if self.start_iter == 0:
+                keep_earlier(self.cfg.OUTPUT_DIR)
             trim_metrics(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
-            best = os.path.join(self.cfg.OUTPUT_DIR, "model_best.pth")
-            if self.start_iter == 0 and os.path.isfile(best):
-                logger.warning("Removing %s, which an earlier training left there.", best)
-                os.remove(best)
         super().before_train()
         if self._resumed_rng is not None:  # last, as anything above may draw random numbers
             set_rng_state(self._resumed_rng)

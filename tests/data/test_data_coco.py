@@ -19,6 +19,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from d2det.data import coco_images
 from d2det.data.coco import register_coco
 
 SQUARE = [[10, 10, 20, 10, 20, 20, 10, 20]]
@@ -355,6 +356,17 @@ def test_unreadable_images(data, register, tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         register(data)
     assert "1.png" in str(caught.value)
+
+
+def test_headers_of_all_images_are_read_in_sets_of_usual_size(
+    data, register, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(coco_images, "SAMPLE_SIZE", 0)
+    (tmp_path / "images" / "1.png").write_bytes(b"no image at all")
+    with pytest.raises(ValueError, match=r"1\.png.* cannot be read"):
+        register(data)
+    monkeypatch.setattr(coco_images, "HEADERS_UP_TO", len(data["images"]) - 1)
+    register(data)
 
 
 def test_unknown_purpose(data, register):

@@ -11,7 +11,7 @@ pytest.importorskip("detectron2")
 
 from d2det.engine.checkpoint import Checkpointer
 from d2det.engine.hooks import BestCheckpoint
-from d2det.engine.resume import get_rng_state, set_rng_state, trim_metrics
+from d2det.engine.resume import get_rng_state, keep_earlier, set_rng_state, trim_metrics
 
 
 @pytest.fixture
@@ -233,6 +233,22 @@ def test_trim_metrics(tmp_path):
         trim_metrics(str(path), 3)
         writer.write('{"iteration": 4}\n')
     assert path.read_text() == '{"iteration": 2}\n{"iteration": 1}\n{"iteration": 4}\n'
+
+
+def test_an_earlier_training_is_set_aside_not_lost(tmp_path):
+    keep_earlier(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "model_best.pth").write_text("weights")
+    with (tmp_path / "metrics.json").open("a") as writer:
+        writer.write('{"iteration": 2}\n')
+        writer.flush()
+        keep_earlier(str(tmp_path))
+        trim_metrics(str(tmp_path / "metrics.json"), 0)
+        writer.write('{"iteration": 0}\n')
+    assert not (tmp_path / "model_best.pth").exists()
+    assert (tmp_path / "earlier_model_best.pth").read_text() == "weights"
+    assert (tmp_path / "earlier_metrics.json").read_text() == '{"iteration": 2}\n'
+    assert (tmp_path / "metrics.json").read_text() == '{"iteration": 0}\n'
 
 
 def test_generator_states_survive_a_file(tmp_path):
