@@ -27,6 +27,10 @@ import toolchain  # noqa: E402  (found through the line above)
 # Where no GPU tells what to build for: Ampere, Ada and Hopper, newer ones through PTX.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
 
+# The extension uses torch's stable ABI as of torch 2.11, so that it runs with every later torch,
+# whichever one it was built with.
+STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")]
+
 
 class BuildPyWithConfigs(build_py):
     """Puts configs/ into the package as d2det/configs. A clone uses the folder where it lies."""
@@ -74,10 +78,12 @@ def extension_arguments() -> dict[str, Any]:
         os.environ["CUDA_HOME"] = str(cuda)  # read when cpp_extension is imported
     from torch.utils import cpp_extension
 
-    cxx_flags = ["-O3"]
-    if toolchain.has_openmp(cxx):
-        cxx_flags.append("-fopenmp")
-    arguments: dict[str, Any] = {"extra_compile_args": {"cxx": cxx_flags}}
+    cxx_flags = ["-O3", "-fvisibility=hidden"]
+    arguments: dict[str, Any] = {
+        "extra_compile_args": {"cxx": cxx_flags},
+        "define_macros": list(STABLE_ABI),
+        "py_limited_api": True,
+    }
     kind = cpp_extension.CppExtension
     if cuda is not None:
         if not torch.cuda.is_available():
@@ -85,13 +91,16 @@ def extension_arguments() -> dict[str, Any]:
         headers = toolchain.cuda_header_dirs(cuda, Path(torch.__file__).parent.parent)
         system = [part for folder in headers for part in ("-isystem", str(folder))]
         arguments["extra_compile_args"] = {"cxx": cxx_flags + system, "nvcc": ["-O3", *system]}
-        arguments["define_macros"] = [("WITH_CUDA", None)]
+        arguments["define_macros"].append(("USE_CUDA", None))  # opens torch's stable CUDA calls
         cpp += sources("*.cu")
         kind = cpp_extension.CUDAExtension
     extension = kind("d2det._C", cpp, include_dirs=[str(ROOT / "csrc")], **arguments)
-    # torch.ops.load_library loads it, so that its name need not hold Python's version.
-    build_ext = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext}}
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        # It uses nothing of Python's: one wheel for every Python that d2det runs on.
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
 
 
 def _cuda_home(torch_cuda: str | None) -> Path | None:

@@ -26,16 +26,6 @@ def find_cxx() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def has_openmp(cxx: str) -> bool:
-    """Whether `cxx` understands -fopenmp, without which torch's `at::parallel_for` is serial."""
-    source = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
-    command = [cxx, "-fopenmp", "-x", "c++", "-fsyntax-only", "-"]
-    try:
-        return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
-    except OSError:
-        return False
-
-
 def has_python_headers() -> bool:
     """Whether Python.h is there; Linux distributions ship it apart (python3-dev)."""
     return Path(sysconfig.get_path("include"), "Python.h").is_file()

@@ -1,9 +1,5 @@
 // Soft-NMS on CPU: classes in parallel, one pass over a class's remaining boxes for each one taken.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../tensor.h"
 
 namespace d2det {
 namespace {
@@ -22,7 +18,7 @@ enum class Method { kLinear, kGaussian, kHard };
 Method parse_method(std::string_view name) {
   if (name == "linear") return Method::kLinear;
   if (name == "gaussian") return Method::kGaussian;
-  TORCH_CHECK_VALUE(name == "hard", "method must be linear, gaussian or hard, got ", name);
+  D2DET_CHECK(name == "hard", "method must be linear, gaussian or hard, got ", name);
   return Method::kHard;
 }
 
@@ -86,8 +82,8 @@ void suppress_class(std::vector<Candidate<scalar_t>>& live, const Settings<scala
 }
 
 template <typename scalar_t>
-std::vector<scalar_t> decay(const at::Tensor& boxes, const at::Tensor& scores,
-                            const int64_t* classes, const Settings<scalar_t>& settings) {
+std::vector<scalar_t> decay(const Tensor& boxes, const Tensor& scores, const int64_t* classes,
+                            const Settings<scalar_t>& settings) {
   const int64_t n = scores.size(0);
   const scalar_t* box = boxes.const_data_ptr<scalar_t>();
   const scalar_t* score = scores.const_data_ptr<scalar_t>();
@@ -103,7 +99,7 @@ std::vector<scalar_t> decay(const at::Tensor& boxes, const at::Tensor& scores,
 
   std::vector<scalar_t> decayed(n, -1);  // below any minimum: fell away
   const auto classes_found = static_cast<int64_t>(starts.size()) - 1;
-  at::parallel_for(0, classes_found, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, classes_found, 1, [&](int64_t begin, int64_t end) {
     std::vector<Candidate<scalar_t>> live;
     for (int64_t group = begin; group < end; ++group) {
       live.clear();
@@ -122,15 +118,12 @@ std::vector<scalar_t> decay(const at::Tensor& boxes, const at::Tensor& scores,
 }
 
 template <typename scalar_t>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const at::Tensor& boxes,
-                                                   const at::Tensor& scores,
-                                                   const at::Tensor& classes,
-                                                   const Settings<scalar_t>& settings) {
+std::tuple<Tensor, Tensor, Tensor> run(const Tensor& boxes, const Tensor& scores,
+                                       const Tensor& classes, const Settings<scalar_t>& settings) {
   const int64_t n = scores.size(0);
-  const auto dtype = c10::CppTypeToScalarType<scalar_t>::value;
-  const std::vector<scalar_t> decayed =
-      decay<scalar_t>(boxes.to(dtype).contiguous(), scores.to(dtype).contiguous(),
-                      classes.const_data_ptr<int64_t>(), settings);
+  constexpr ScalarType dtype = sizeof(scalar_t) == 8 ? ScalarType::Double : ScalarType::Float;
+  const std::vector<scalar_t> decayed = decay<scalar_t>(
+      as(boxes, dtype), as(scores, dtype), classes.const_data_ptr<int64_t>(), settings);
   std::vector<int64_t> kept;
   for (int64_t i = 0; i < n; ++i) {
     if (decayed[i] >= settings.min_score) kept.push_back(i);
@@ -138,25 +131,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const at::Tensor& boxes,
   std::stable_sort(kept.begin(), kept.end(),
                    [&](int64_t a, int64_t b) { return decayed[a] > decayed[b]; });
 
-  at::Tensor indices = at::full({n}, -1, classes.options());
-  at::Tensor values = at::zeros({n}, scores.options().dtype(dtype));
+  Tensor indices = torch::stable::new_empty(classes, {n});
+  Tensor values = torch::stable::new_zeros(scores, {n}, dtype);
+  torch::stable::fill_(indices, -1);
   std::copy(kept.begin(), kept.end(), indices.mutable_data_ptr<int64_t>());
   scalar_t* value = values.mutable_data_ptr<scalar_t>();
   for (size_t i = 0; i < kept.size(); ++i) value[i] = decayed[kept[i]];
-  at::Tensor count = at::full({}, static_cast<int64_t>(kept.size()), classes.options());
-  return {indices, values.to(scores.scalar_type()), count};
+  Tensor count = torch::stable::new_empty(classes, std::vector<int64_t>{});
+  *count.mutable_data_ptr<int64_t>() = static_cast<int64_t>(kept.size());
+  return {indices, as(values, scores.scalar_type()), count};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> soft_nms(
-    const at::Tensor& boxes, const at::Tensor& scores, const at::Tensor& classes,
-    double iou_threshold, std::string_view method, double sigma, double min_score) {
+std::tuple<Tensor, Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& scores,
+                                            const Tensor& classes, double iou_threshold,
+                                            std::string method, double sigma, double min_score) {
   check_floating("boxes", boxes, {-1, 4}, boxes);
   check_floating("scores", scores, {boxes.size(0)}, boxes);
   check_indices("classes", classes, boxes.size(0), boxes);
-  TORCH_CHECK_VALUE(min_score >= 0 && sigma > 0, "min_score must be at least 0 and sigma above 0");
-  const at::Tensor ids = classes.contiguous();
+  D2DET_CHECK(min_score >= 0 && sigma > 0, "min_score must be at least 0 and sigma above 0");
+  const Tensor ids = as(classes, ScalarType::Long);
   const Method parsed = parse_method(method);
-  if (boxes.scalar_type() == at::kDouble || scores.scalar_type() == at::kDouble) {
+  if (boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double) {
     return run<double>(boxes, scores, ids, {parsed, iou_threshold, sigma, min_score});
   }
   return run<float>(boxes, scores, ids,
@@ -166,6 +161,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> soft_nms(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(d2det, CPU, m) { m.impl("soft_nms", &soft_nms); }
+STABLE_TORCH_LIBRARY_IMPL(d2det, CPU, m) { m.impl("soft_nms", TORCH_BOX(&soft_nms)); }
 
 }  // namespace d2det

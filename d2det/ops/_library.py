@@ -89,7 +89,7 @@ def define(
                 f"it with `{BUILD_COMMAND}` in a clone, or set {DISABLE_VARIABLE}=1."
             )
     else:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(schema)
     references[name] = reference
     _library.impl(name, _reference_kernel(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)

@@ -169,6 +169,7 @@ def _fake_backward(
     gamma: float,
     convention: str,
     output_mask: list[bool],
+    deterministic: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     grads = [torch.empty_like(f) for f in features] if output_mask[0] else []
     shift, scale = (
@@ -189,7 +190,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     needed = [any(needs[0]), bool(needs[3]), bool(needs[4])]
     grads, shift, scale = torch.ops.d2det.deform_roi_pool_backward(
-        grad, features, rois, levels, offset, modulation, *ctx.settings, needed
+        grad,
+        features,
+        rois,
+        levels,
+        offset,
+        modulation,
+        *ctx.settings,
+        needed,
+        torch.are_deterministic_algorithms_enabled(),
     )
     return (
         grads if needed[0] else [None] * len(features),
@@ -212,8 +221,8 @@ define(
     autocast=_autocast,
 )
 define(
-    f"deform_roi_pool_backward(Tensor grad_output, {_ARGUMENTS}, bool[3] output_mask) -> "
-    "(Tensor[], Tensor, Tensor)",
+    f"deform_roi_pool_backward(Tensor grad_output, {_ARGUMENTS}, bool[3] output_mask, "
+    "bool deterministic) -> (Tensor[], Tensor, Tensor)",
     reference=reference.backward,
     fake=_fake_backward,
 )

@@ -47,6 +47,11 @@ def modulated_deform_conv2d(
     Under autocast, input, weight and bias are cast to its dtype; offset and mask keep theirs,
     so that float32 coordinates survive beside a half-precision input. Sums are in float32 at least.
 
+    On a GPU, float32 products run in TF32 where torch allows that for convolutions:
+    `torch.backends.cudnn.conv.fp32_precision`, "tf32" by default, as for torch's own. The sums
+    are the same from run to run, but for the input's gradient on a GPU, which
+    `torch.use_deterministic_algorithms(True)` makes so.
+
     Args:
         input: (N, Cin, H, W), floating point.
         offset: (N, 2 * G * kh * kw, Ho, Wo), y before x, in input pixels; the input's dtype or
@@ -65,7 +70,14 @@ def modulated_deform_conv2d(
     """
     steps = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     _check(input, offset, mask, weight, bias, *steps)
-    return torch.ops.d2det.modulated_deform_conv2d(input, offset, mask, weight, bias, *steps)
+    return torch.ops.d2det.modulated_deform_conv2d(
+        input, offset, mask, weight, bias, *steps, _allow_tf32()
+    )
+
+
+def _allow_tf32() -> bool:
+    """Whether float32 convolutions may run in TF32 on a GPU: torch's own switch for them."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _check(
@@ -143,14 +155,14 @@ def _autocast(
     mask: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    *steps: list[int],
+    *rest: Any,
 ) -> tuple[Any, ...]:
     input, weight = autocast_to(input, dtype), autocast_to(weight, dtype)
     bias = None if bias is None else autocast_to(bias, dtype)
     allowed = (input.dtype, torch.float32)
     offset = offset if offset.dtype in allowed else offset.float()
     mask = mask if mask is None or mask.dtype in allowed else mask.float()
-    return (input, offset, mask, weight, bias, *steps)
+    return (input, offset, mask, weight, bias, *rest)
 
 
 def _fake(
@@ -162,6 +174,7 @@ def _fake(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    allow_tf32: bool,
 ) -> Tensor:
     size = _output_size(input, weight, stride, padding, dilation)
     return new_output(input, (input.shape[0], weight.shape[0], *size))
@@ -177,6 +190,8 @@ def _fake_backward(
     padding: list[int],
     dilation: list[int],
     output_mask: list[bool],
+    allow_tf32: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, ...]:
     operands = (input, offset, mask, weight)
     return tuple(
@@ -186,7 +201,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, mask, weight, _, stride, padding, dilation = inputs
+    input, offset, mask, weight, _, stride, padding, dilation, ctx.allow_tf32 = inputs
     ctx.save_for_backward(input, offset, mask, weight)
     ctx.steps = (stride, padding, dilation)
 
@@ -195,16 +210,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     input, offset, mask, weight = ctx.saved_tensors
     needed = [bool(n) for n in ctx.needs_input_grad[:4]]
     grads = torch.ops.d2det.modulated_deform_conv2d_backward(
-        grad, input, offset, mask, weight, *ctx.steps, needed
+        grad,
+        input,
+        offset,
+        mask,
+        weight,
+        *ctx.steps,
+        needed,
+        ctx.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
     )
     wanted = [g if n else None for g, n in zip(grads, needed, strict=True)]
     grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[4] else None
-    return (*wanted, grad_bias, None, None, None)
+    return (*wanted, grad_bias, None, None, None, None)
 
 
 define(
     "modulated_deform_conv2d(Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
-    "Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) -> Tensor",
+    "Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, bool allow_tf32) -> Tensor",
     reference=reference.forward,
     fake=_fake,
     autocast=_autocast,
@@ -212,7 +235,8 @@ define(
 define(
     "modulated_deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, "
     "Tensor? mask, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
-    "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool[4] output_mask, bool allow_tf32, bool deterministic) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     reference=reference.backward,
     fake=_fake_backward,
 )

@@ -77,12 +77,22 @@ def channels_last(value: Tensor) -> Tensor:
 def _conv(m: Maker) -> tuple[Any, ...]:
     offset = m.uniform(2, 2 * 2 * 6, 3, 2, low=-2.0, high=2.0)
     mask, weight = m.uniform(2, 2 * 6, 3, 2), m.normal(4, 2, 2, 3)
-    return m.normal(2, 4, 5, 6), offset, mask, weight, m.normal(4), [2, 2], [1, 1], [1, 2]
+    return m.normal(2, 4, 5, 6), offset, mask, weight, m.normal(4), [2, 2], [1, 1], [1, 2], False
 
 
 def _conv_plain(m: Maker) -> tuple[Any, ...]:
     x, weight = channels_last(m.normal(1, 2, 3, 4)), channels_last(m.normal(2, 2, 3, 3))
-    return x, channels_last(m.normal(1, 18, 3, 2)), None, weight, None, [1, 2], [1, 1], [1, 1]
+    return (
+        x,
+        channels_last(m.normal(1, 18, 3, 2)),
+        None,
+        weight,
+        None,
+        [1, 2],
+        [1, 1],
+        [1, 1],
+        False,
+    )
 
 
 def _conv_empty(m: Maker) -> tuple[Any, ...]:

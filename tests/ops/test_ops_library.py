@@ -74,11 +74,6 @@ def test_every_operator_but_soft_nms_has_a_backward():
     assert set(_library.references) == expected
 
 
-@pytest.mark.parametrize("name", sorted(_library.references))
-def test_operators_are_marked_as_compilable(name):
-    assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.d2det, name).default.tags
-
-
 def test_another_schema_in_the_extension_is_refused():
     """As after an update of the Python files without a rebuild."""
     with pytest.raises(ImportError, match=r"built from other sources.*pip install"):

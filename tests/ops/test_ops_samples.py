@@ -22,17 +22,20 @@ def results(output: Any) -> list[Tensor]:
     return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
-def backward_arguments(sample: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def backward_arguments(
+    sample: Any, args: tuple[Any, ...], deterministic: bool = False
+) -> tuple[Any, ...]:
     """Arguments of the backward operator that ask for every gradient there is."""
     output = overload(sample.op)(*args)
     grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)
     grad = grad.to(output.dtype).view(output.shape)
     if sample.op == "modulated_deform_conv2d":
-        x, offset, mask, weight, _, *steps = args
-        return grad, x, offset, mask, weight, *steps, [True, True, mask is not None, True]
+        x, offset, mask, weight, _, *steps, allow_tf32 = args
+        needed = [True, True, mask is not None, True]
+        return grad, x, offset, mask, weight, *steps, needed, allow_tf32, deterministic
     if sample.op == "deform_roi_pool":
         moved = args[3] is not None
-        return grad, *args, [True, moved, moved]
+        return grad, *args, [True, moved, moved], deterministic
     return grad, *args, [True, True]
 
 
@@ -71,11 +74,15 @@ def test_opcheck_of_backward(grad_sample, device):
 
 def test_backward_leaves_out_what_is_not_asked_for(grad_sample):
     args = grad_sample.arguments(torch.float32, grad=False)
-    *given, mask = backward_arguments(grad_sample, args)
+    backward = overload(f"{grad_sample.op}_backward")
+    given = list(backward_arguments(grad_sample, args))
+    position = [a.name for a in backward._schema.arguments].index("output_mask")
+    mask = given[position]
+    everything = backward(*given)
     for asked in range(len(mask)):
         only = [i == asked and mask[i] for i in range(len(mask))]
-        grads = overload(f"{grad_sample.op}_backward")(*given, only)
-        everything = overload(f"{grad_sample.op}_backward")(*given, mask)
+        given[position] = only
+        grads = backward(*given)
         for i, (grad, full) in enumerate(zip(grads, everything, strict=True)):
             if only[i]:
                 torch.testing.assert_close(grad, full, rtol=0, atol=0)

@@ -53,12 +53,6 @@ def test_a_named_compiler_is_the_only_one(tmp_path: Path, monkeypatch: pytest.Mo
     assert toolchain.find_cxx() is None
 
 
-def test_openmp_is_what_the_compiler_says(tmp_path: Path) -> None:
-    assert toolchain.has_openmp(str(program(tmp_path / "with"))) is True
-    assert toolchain.has_openmp(str(program(tmp_path / "without", status=1))) is False
-    assert toolchain.has_openmp(str(tmp_path / "absent")) is False
-
-
 def test_toolkit_needs_the_major_release_torch_was_built_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

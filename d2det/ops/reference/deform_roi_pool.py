@@ -77,6 +77,7 @@ def backward(
     gamma: float,
     convention: str,
     output_mask: list[bool],
+    deterministic: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of features, offset and modulation; those not asked for are empty."""
     need_features, need_offset, need_modulation = output_mask

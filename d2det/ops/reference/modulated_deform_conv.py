@@ -42,6 +42,7 @@ def forward(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    allow_tf32: bool,
 ) -> Tensor:
     """See `d2det.ops.modulated_deform_conv2d`."""
     dtype = accumulation_dtype(input)
@@ -68,6 +69,8 @@ def backward(
     padding: list[int],
     dilation: list[int],
     output_mask: list[bool],
+    allow_tf32: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, offset, mask and weight; those not asked for are empty."""
     dtype = accumulation_dtype(input)
