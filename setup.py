@@ -60,8 +60,7 @@ def sources(suffix: str) -> list[str]:
 
 def extension_arguments() -> dict[str, Any]:
     """The part of setup()'s arguments that depends on the machine; empty without a build."""
-    cpp = sources("*.cpp")
-    if not cpp:
+    if not sources("*.cpp"):
         return {}
     try:
         import torch
@@ -76,29 +75,40 @@ def extension_arguments() -> dict[str, Any]:
     cuda = _cuda_home(torch.version.cuda)
     if cuda is not None:
         os.environ["CUDA_HOME"] = str(cuda)  # read when cpp_extension is imported
-    from torch.utils import cpp_extension
-
-    cxx_flags = ["-O3", "-fvisibility=hidden"]
-    arguments: dict[str, Any] = {
-        "extra_compile_args": {"cxx": cxx_flags},
-        "define_macros": list(STABLE_ABI),
-        "py_limited_api": True,
-    }
-    kind = cpp_extension.CppExtension
-    if cuda is not None:
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    from torch.utils import cpp_extension
+
+    flags = ["-O3", "-fvisibility=hidden"]
+    common = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "define_macros": STABLE_ABI,
+        "depends": sources("*.h") + sources("*.cuh"),
+        "py_limited_api": True,
+    }
+    extensions = [
+        cpp_extension.CppExtension(
+            "d2det._C", sources("*.cpp"), extra_compile_args={"cxx": flags}, **common
+        )
+    ]
+    if cuda is not None:
+        # A library of its own: where it does not load, for a torch without CUDA, the other does.
         headers = toolchain.cuda_header_dirs(cuda, Path(torch.__file__).parent.parent)
         system = [part for folder in headers for part in ("-isystem", str(folder))]
-        arguments["extra_compile_args"] = {"cxx": cxx_flags + system, "nvcc": ["-O3", *system]}
-        arguments["define_macros"].append(("USE_CUDA", None))  # opens torch's stable CUDA calls
-        cpp += sources("*.cu")
-        kind = cpp_extension.CUDAExtension
-    extension = kind("d2det._C", cpp, include_dirs=[str(ROOT / "csrc")], **arguments)
+        common["define_macros"] = [*STABLE_ABI, ("USE_CUDA", None)]  # opens torch's CUDA calls
+        nvcc = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden", *system]
+        extensions.append(
+            cpp_extension.CUDAExtension(
+                "d2det._C_cuda",
+                sources("*.cu"),
+                extra_compile_args={"cxx": flags + system, "nvcc": nvcc},
+                **common,
+            )
+        )
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": cpp_extension.BuildExtension},
-        # It uses nothing of Python's: one wheel for every Python that d2det runs on.
+        # They use nothing of Python's: one wheel for every Python that d2det runs on.
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 

@@ -1,8 +1,8 @@
 """Where the operators' kernels come from: the compiled extension, or PyTorch reference code.
 
 Every operator lives in the dispatcher as `torch.ops.d2det.<name>`. The compiled extension
-(`d2det/_C*.so`, sources in `csrc/`) defines the schemas and registers kernels under the keys CPU
-and CUDA. Where it is absent, the same schemas are defined here. The reference implementation is
+(sources in `csrc/`) defines the schemas and registers kernels: `d2det/_C.*` under the key CPU,
+`d2det/_C_cuda.*` under CUDA. Where it is absent, the same schemas are defined here. The reference implementation is
 always registered as CompositeExplicitAutograd, which the dispatcher uses only for a device that has
 no kernel of its own: a kernel that is added to the extension replaces it with no change in Python.
 """
@@ -28,32 +28,52 @@ _warned = False
 
 
 class _Extension:
-    """Outcome of looking for the compiled extension: `path` if it is loaded, else `reason`."""
+    """Outcome of looking for the compiled libraries.
+
+    Attributes:
+        path: the loaded library with the schemas and the kernels for CPU; None without one.
+        cuda_path: the loaded library with the kernels for CUDA; None without one.
+        reason: why there is no `path`.
+        cuda_reason: why there is no `cuda_path`.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.path: Path | None = None
-        self.reason = ""
+        self.cuda_path: Path | None = None
+        self.reason = self.cuda_reason = ""
         if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
             self.reason = f"The compiled extension is switched off by {DISABLE_VARIABLE}."
+            self.cuda_reason = self.reason
             return
-        candidates = [directory / f"_C{s}" for s in importlib.machinery.EXTENSION_SUFFIXES]
-        path = next((c for c in candidates if c.is_file()), None)
-        if path is None:
-            self.reason = (
-                "No compiled extension is installed. To build its kernels run "
-                f"`{BUILD_COMMAND}` in a clone of d2det, with a C++ compiler and, "
-                "for a GPU, an installed CUDA toolkit."
-            )
+        self.path, self.reason = _load(directory, "_C")
+        if self.path is None:
+            self.cuda_reason = self.reason
             return
-        try:
-            torch.ops.load_library(str(path))
-        except OSError as error:  # built for another torch: the reference still works
-            self.reason = (
-                f"The compiled extension {path} does not load ({str(error).splitlines()[0]}); "
-                f"rebuild it with `{BUILD_COMMAND}` in a clone of d2det."
-            )
-            return
-        self.path = path
+        self.cuda_path, self.cuda_reason = _load(directory, "_C_cuda")
+
+
+def _load(directory: Path, name: str) -> tuple[Path | None, str]:
+    """Loads a library of the extension; its path, or None and why not."""
+    candidates = [directory / f"{name}{s}" for s in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((c for c in candidates if c.is_file()), None)
+    if path is None and name == "_C":
+        return None, (
+            "No compiled extension is installed. To build its kernels run "
+            f"`{BUILD_COMMAND}` in a clone of d2det, with a C++ compiler and, "
+            "for a GPU, an installed CUDA toolkit."
+        )
+    if path is None:
+        return None, (
+            "It was built without kernels for CUDA; a GPU build needs an installed CUDA toolkit."
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:  # an older torch, or one without CUDA: the reference still works
+        return None, (
+            f"The compiled extension {path} does not load ({str(error).splitlines()[0]}); "
+            f"rebuild it with `{BUILD_COMMAND}` in a clone of d2det."
+        )
+    return path, ""
 
 
 extension = _Extension(Path(__file__).resolve().parent.parent)
@@ -181,10 +201,8 @@ def reference_message(device_type: str) -> str:
     reason = extension.reason
     if not reason:
         reason = f"The compiled extension {extension.path} has no kernels for them."
-        if "cuda" in device_types and not any(
-            implementation(n, "cuda") == "compiled" for n in references
-        ):
-            reason += " It holds none for CUDA at all; a GPU build needs an installed CUDA toolkit."
+        if "cuda" in device_types and extension.cuda_path is None:
+            reason += f" {extension.cuda_reason}"
     return (
         "d2det runs the PyTorch reference implementation of "
         f"{'; '.join(parts)}: same results, slower. {reason} "
