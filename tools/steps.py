@@ -131,7 +131,14 @@ def install_d2det(env: Environment, project: Project, about: dict[str, Any]) -> 
     has_sources = any((project.root / "csrc").rglob("*.cpp"))
     cuda_sources = any((project.root / "csrc").rglob("*.cu"))
     say(5, "d2det, editable" + (" (compiles its kernels)" if has_sources else ""))
-    installed = env.pip_install("--no-build-isolation", "--no-deps", "-e", project.root)
+    home, reason = toolchain.find_cuda_toolkit(about["torch_cuda"])
+    variables = {}
+    if cuda_sources and home is not None and not about["gpu"] and "FORCE_CUDA" not in os.environ:
+        variables["FORCE_CUDA"] = "0"  # minutes of compiling what nothing here can run
+        print("      CPU kernels only: no GPU here (FORCE_CUDA=1 builds for CUDA too)", flush=True)
+    installed = env.pip_install(
+        "--no-build-isolation", "--no-deps", "-e", project.root, env=variables
+    )
     if not installed.ok:
         raise SetupError(
             f"d2det could not be built. It says:\n{installed.reason()}\nAll of it: {env.log}"
@@ -143,7 +150,6 @@ def install_d2det(env: Environment, project: Project, about: dict[str, Any]) -> 
             works="everything, through the reference implementations in PyTorch (slower)",
             remedy=GET_COMPILER,
         )
-    home, reason = toolchain.find_cuda_toolkit(about["torch_cuda"])
     if cuda_sources and home is None:
         print(f"      CPU kernels only: {reason}", flush=True)
         if about["gpu"]:

@@ -229,6 +229,24 @@ class TestKernels:
         assert gap is not None
         assert gap.missing == "d2det's CUDA kernels"
 
+    def test_for_cuda_are_left_out_where_no_gpu_would_run_them(
+        self,
+        tmp_path: Path,
+        project: Project,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(toolchain, "find_cuda_toolkit", lambda cuda: (tmp_path, ""))
+        monkeypatch.delenv("FORCE_CUDA", raising=False)
+        env = FakeEnvironment(tmp_path)
+        assert steps.install_d2det(env, project, TORCH) is None
+        assert env.variables == [{"FORCE_CUDA": "0"}]
+        assert "no GPU here (FORCE_CUDA=1" in capsys.readouterr().out
+        steps.install_d2det(env, project, TORCH | {"gpu": True})
+        monkeypatch.setenv("FORCE_CUDA", "1")
+        steps.install_d2det(env, project, TORCH)
+        assert env.variables[1:] == [{}, {}]
+
 
 def test_reason_prefers_the_compilers_errors_to_the_end() -> None:
     noise = [f"  File line {i}" for i in range(40)]
