@@ -1,10 +1,11 @@
 """Where the operators' kernels come from: the compiled extension, or PyTorch reference code.
 
-Every operator lives in the dispatcher as `torch.ops.d2det.<name>`. The compiled extension
-(sources in `csrc/`) defines the schemas and registers kernels: `d2det/_C.*` under the key CPU,
-`d2det/_C_cuda.*` under CUDA. Where it is absent, the same schemas are defined here. The reference implementation is
-always registered as CompositeExplicitAutograd, which the dispatcher uses only for a device that has
-no kernel of its own: a kernel that is added to the extension replaces it with no change in Python.
+Every operator lives in the dispatcher as `torch.ops.d2det.<name>`. The compiled extension (sources
+in `csrc/`) defines the schemas and registers kernels: `d2det/_C.*` under the key CPU,
+`d2det/_C_cuda.*` under CUDA. Where it is absent, the same schemas are defined here. The reference
+implementation is always registered as CompositeExplicitAutograd, which the dispatcher uses only for
+a device that has no kernel of its own: a kernel that is added to the extension replaces it with no
+change in Python.
 """
 
 from __future__ import annotations

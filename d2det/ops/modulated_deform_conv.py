@@ -77,7 +77,12 @@ def modulated_deform_conv2d(
 
 def _allow_tf32() -> bool:
     """Whether float32 convolutions may run in TF32 on a GPU: torch's own switch for them."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: the switch is
+# read when a graph is traced, not traced itself.
+_allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check(

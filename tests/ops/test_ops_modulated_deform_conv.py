@@ -182,3 +182,15 @@ def test_errors_name_the_argument_and_the_shapes(change, error, message):
     modulated_deform_conv2d(**arguments)
     with pytest.raises(error, match=message):
         modulated_deform_conv2d(**{**arguments, **change})
+
+
+def test_public_function_compiles_into_one_graph():
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+    offset, mask = torch.randn(1, 18, 3, 3), torch.rand(1, 9, 3, 3)
+
+    def run(x: Tensor) -> Tensor:
+        return modulated_deform_conv2d(x, offset, mask, weight)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), run(x), rtol=0, atol=0)
