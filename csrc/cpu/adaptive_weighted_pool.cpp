@@ -98,6 +98,7 @@ Tensor adaptive_weighted_pool(const Tensor& features, const Tensor& logits, doub
   const Tensor values = operand(features, type, format), weights = operand(logits, type, format);
   Tensor output = new_output(
       features, {features.size(0), features.size(1), pool.pooled_height, pool.pooled_width});
+  use_large_pages(output);
   if (type == ScalarType::Double) {
     run_forward<double>(pool, values, weights, output, format);
   } else {

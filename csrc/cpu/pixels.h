@@ -39,6 +39,15 @@ inline Pixels pixels_of(const Tensor& value, MemoryFormat format, int64_t n) {
   return {data, element_of(value), pixels, 1};
 }
 
+// Asks for large pages where memory of this size is about to be written for the first time: to get
+// it in pages of 4 KiB can take longer than to fill it. Pages that are only partly within stay.
+void use_large_pages(void* data, int64_t bytes);
+inline const Tensor& use_large_pages(const Tensor& fresh) {
+  use_large_pages(const_cast<void*>(fresh.const_data_ptr()),
+                  fresh.numel() * static_cast<int64_t>(fresh.element_size()));
+  return fresh;
+}
+
 // A gradient of `like`: `result` has the strides of torch.empty_like and `work` is contiguous in
 // `format`. They are one tensor wherever possible; finish() copies where it is not.
 struct GradientTensor {
@@ -49,9 +58,11 @@ struct GradientTensor {
     const bool fits =
         result.scalar_type() == type &&
         (format == MemoryFormat::ChannelsLast ? is_channels_last(result) : result.is_contiguous());
-    if (fits) return;
-    const auto sizes = like.sizes();
-    work = torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt, format);
+    if (!fits) {
+      const auto sizes = like.sizes();
+      work = torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt, format);
+    }
+    use_large_pages(work);
   }
 
   Tensor finish() {
