@@ -27,6 +27,27 @@ struct Neighbours {
 D2DET_HOST_DEVICE float floor_of(float value) { return ::floorf(value); }
 D2DET_HOST_DEVICE double floor_of(double value) { return ::floor(value); }
 
+// A product rounded on its own. Fused into a sum it would move positions by an ulp off those of the
+// reference, which at a margin decides whether a point is read.
+template <typename T>
+D2DET_HOST_DEVICE T product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return __dmul_rn(a, b);
+  } else {
+    return __fmul_rn(a, b);
+  }
+#else
+  T result = a * b;
+#if defined(__x86_64__)
+  asm("" : "+x"(result));  // hides the product from the compiler
+#elif defined(__aarch64__)
+  asm("" : "+w"(result));
+#endif
+  return result;
+#endif
+}
+
 // Deformable convolution (DCNv2, Eq. 1): zero outside of the map. At whole numbers the slope is the
 // one towards the higher pixel.
 template <typename T>
@@ -68,20 +89,28 @@ D2DET_HOST_DEVICE T round_half_away(T value) {
 // From the RoI's corners in image pixels; `scale` is 1 / stride.
 template <typename T>
 D2DET_HOST_DEVICE RoiSpan<T> roi_span(T low, T high, T scale, RoiConvention convention) {
-  if (convention == RoiConvention::kAligned) return {low * scale - T(0.5), (high - low) * scale};
-  const T start = round_half_away(low) * scale - T(0.5);
-  const T end = (round_half_away(high) + T(1)) * scale - T(0.5);
+  if (convention == RoiConvention::kAligned) {
+    return {product(low, scale) - T(0.5), (high - low) * scale};
+  }
+  const T start = product(round_half_away(low), scale) - T(0.5);
+  const T end = product(round_half_away(high) + T(1), scale) - T(0.5);
   const T extent = end - start;
   return {start, extent < T(0.1) ? T(0.1) : extent};
 }
 
-// Where sample `point` of `points` in bin `bin` of `bins` lies. `shift` is gamma times the offset,
-// as a fraction of the RoI.
+// Where sample `point` of `points` in bin `bin` of `bins` of a regular grid lies.
+template <typename T>
+D2DET_HOST_DEVICE T roi_position(RoiSpan<T> span, int32_t bin, int32_t bins, int32_t point,
+                                 int32_t points, RoiConvention convention) {
+  const T step = T(bin * points + point) + (convention == RoiConvention::kAligned ? T(0.5) : T(0));
+  return span.start + product(step / T(bins * points), span.extent);
+}
+
+// The same in a bin that is moved by `shift`: gamma times the offset, a fraction of the RoI.
 template <typename T>
 D2DET_HOST_DEVICE T roi_position(RoiSpan<T> span, int32_t bin, int32_t bins, int32_t point,
                                  int32_t points, T shift, RoiConvention convention) {
-  const T step = T(bin * points + point) + (convention == RoiConvention::kAligned ? T(0.5) : T(0));
-  return span.start + step / T(bins * points) * span.extent + shift * span.extent;
+  return roi_position(span, bin, bins, point, points, convention) + product(shift, span.extent);
 }
 
 // Whether a position counts at all: "aligned" reads up to one pixel beyond the border, "psroi" up

@@ -83,6 +83,10 @@ def deform_roi_pool(
     check_positive("sampling_ratio", sampling_ratio)
     if convention not in CONVENTIONS:
         raise ValueError(f'convention must be "aligned" or "psroi", got {convention!r}')
+    # The compiled kernel checks this as well, but it can raise nothing better than a RuntimeError.
+    # A subclass may be a tensor without values, as in tracing.
+    if rois.device.type == "cpu" and type(rois) is Tensor and not torch.compiler.is_compiling():
+        reference.check_references(features, rois, levels)
     return torch.ops.d2det.deform_roi_pool(
         features,
         rois,

@@ -118,6 +118,27 @@ def backward(
     return grad_features, grad_offset, grad_modulation
 
 
+def refers_to_something(features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+    """(R,): whether each RoI's batch index and level exist."""
+    images = rois[:, 0].long()
+    valid = (levels >= 0) & (levels < len(features))
+    return valid & (images >= 0) & (images < features[0].shape[0])
+
+
+def check_references(
+    features: list[Tensor], rois: Tensor, levels: Tensor, valid: Tensor | None = None
+) -> None:
+    """Raise a ValueError that names the first RoI of no image or level; `valid` if it is known."""
+    valid = refers_to_something(features, rois, levels) if valid is None else valid
+    if not bool(valid.all()):
+        bad = int((~valid).nonzero()[0])
+        raise ValueError(
+            f"rois and levels must refer to {features[0].shape[0]} images and {len(features)} "
+            f"levels, but RoI {bad} has batch index {rois[bad, 0].item():g} and level "
+            f"{levels[bad].item()}"
+        )
+
+
 def _table(features: list[Tensor]) -> Tensor:
     """(T, C): the pixels of every level, channels last."""
     c = features[0].shape[1]
@@ -141,15 +162,9 @@ def _bins(
 ) -> _Bins:
     dtype = accumulation_dtype(features[0])
     boxes, images = rois[:, 1:].to(dtype), rois[:, 0].long()
-    valid = (levels >= 0) & (levels < len(features))
-    valid &= (images >= 0) & (images < features[0].shape[0])
-    if rois.device.type == "cpu" and not bool(valid.all()):
-        bad = int((~valid).nonzero()[0])
-        raise ValueError(
-            f"rois and levels must refer to {features[0].shape[0]} images and {len(features)} "
-            f"levels, but RoI {bad} has batch index {rois[bad, 0].item():g} and level "
-            f"{levels[bad].item()}"
-        )
+    valid = refers_to_something(features, rois, levels)
+    if rois.device.type == "cpu":
+        check_references(features, rois, levels, valid)
     images = images.clamp(0, max(0, features[0].shape[0] - 1))
     scale = _per_roi(levels, spatial_scales, dtype)
     # On a GPU a check would stall the queue: a RoI that refers to nothing comes out as NaN.

@@ -1,0 +1,165 @@
+// Between a tensor in either memory format and rows: one row of channels for each pixel, in float
+// or double, the last vector of a row filled up with zeros. Included behind the target pragma.
+
+#pragma once
+
+#include "simd_convert.h"
+
+namespace d2det::D2DET_ISA {
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct FirstLanes : FirstLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct FirstLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+
+// a0 b0 a1 b1 ... of the lower (kUpper = 0) or the upper halves (1) of two vectors.
+template <int kUpper, typename V, int... I>
+inline __attribute__((always_inline)) V interleave(V a, V b, Lanes<I...>) {
+  constexpr int kSize = sizeof...(I);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (I % 2 * kSize + kUpper * kSize / 2 + I / 2)...);
+#else
+  using Mask = decltype(a < b);
+  return __builtin_shuffle(a, b, Mask{(I % 2 * kSize + kUpper * kSize / 2 + I / 2)...});
+#endif
+}
+
+// A square of kSize vectors.
+template <typename T>
+inline __attribute__((always_inline)) void transpose(typename Vec<T>::type* rows) {
+  constexpr int64_t kSize = Vec<T>::kSize;
+  using All = typename FirstLanes<kSize>::type;
+  typename Vec<T>::type next[kSize];
+#pragma GCC unroll 8
+  for (int64_t step = 1; step < kSize; step *= 2) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kSize / 2; ++i) {
+      next[2 * i] = interleave<0>(rows[i], rows[i + kSize / 2], All{});
+      next[2 * i + 1] = interleave<1>(rows[i], rows[i + kSize / 2], All{});
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kSize; ++i) rows[i] = next[i];
+  }
+}
+
+// Channels [0, channels) of one block of at most a vector, of all pixels.
+template <typename T, typename S>
+void load_block(const S* from, const Pixels& source, int64_t pixels, int64_t channels, T* rows,
+                int64_t row_stride) {
+  constexpr int64_t kSize = Vec<T>::kSize;
+  if (source.channel_stride == 1) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      const S* pixel = from + p * source.pixel_stride;
+      store(rows + p * row_stride,
+            channels == kSize ? load_as(pixel, T()) : load_some<T>(pixel, channels));
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; p += kSize) {
+    const int64_t count = pixels - p < kSize ? pixels - p : kSize;
+    typename Vec<T>::type square[kSize];
+    if (count == kSize && channels == kSize) {
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < kSize; ++c) {
+        square[c] = load_as(from + c * source.channel_stride + p, T());
+      }
+    } else {
+      for (int64_t c = 0; c < kSize; ++c) {
+        square[c] = c < channels ? load_some<T>(from + c * source.channel_stride + p, count)
+                                 : typename Vec<T>::type{};
+      }
+    }
+    transpose<T>(square);
+    if (count == kSize) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSize; ++i) store(rows + (p + i) * row_stride, square[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) store(rows + (p + i) * row_stride, square[i]);
+    }
+  }
+}
+
+template <typename T, typename S>
+void store_block(const T* rows, int64_t row_stride, S* to, const Pixels& target, int64_t pixels,
+                 int64_t channels) {
+  constexpr int64_t kSize = Vec<T>::kSize;
+  if (target.channel_stride == 1) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      S* pixel = to + p * target.pixel_stride;
+      const auto value = load(rows + p * row_stride);
+      if (channels == kSize) {
+        store_as(pixel, value);
+      } else {
+        store_some<T>(pixel, value, channels);
+      }
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; p += kSize) {
+    const int64_t count = pixels - p < kSize ? pixels - p : kSize;
+    typename Vec<T>::type square[kSize];
+    if (count == kSize && channels == kSize) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSize; ++i) square[i] = load(rows + (p + i) * row_stride);
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < kSize; ++c) store_as(to + c * target.channel_stride + p, square[c]);
+      continue;
+    }
+    for (int64_t i = 0; i < kSize; ++i) {
+      square[i] = i < count ? load(rows + (p + i) * row_stride) : typename Vec<T>::type{};
+    }
+    transpose<T>(square);
+    for (int64_t c = 0; c < channels; ++c) {
+      store_some<T>(to + c * target.channel_stride + p, square[c], count);
+    }
+  }
+}
+
+// Calls do(pointer to the first number) with the pointer of the tensor's type. Double tensors are
+// worked on in double, all others in float.
+template <typename Function>
+inline __attribute__((always_inline)) void with_pointer(const Pixels& tensor, double,
+                                                        Function run) {
+  run(static_cast<double*>(tensor.data));
+}
+template <typename Function>
+inline __attribute__((always_inline)) void with_pointer(const Pixels& tensor, float, Function run) {
+  if (tensor.type == Element::kFloat32) return run(static_cast<float*>(tensor.data));
+  if (tensor.type == Element::kFloat16) return run(static_cast<Float16Bits*>(tensor.data));
+  run(static_cast<BFloat16Bits*>(tensor.data));
+}
+
+// rows[p * row_stride + c] = source(first_channel + c, first_pixel + p)
+template <typename T>
+void load_rows(const Pixels& source, int64_t first_channel, int64_t channels, int64_t first_pixel,
+               int64_t pixels, T* rows, int64_t row_stride) {
+  constexpr int64_t kSize = Vec<T>::kSize;
+  with_pointer(source, T(), [&](const auto* data) {
+    data += first_channel * source.channel_stride + first_pixel * source.pixel_stride;
+    for (int64_t c = 0; c < channels; c += kSize) {
+      const int64_t some = channels - c < kSize ? channels - c : kSize;
+      load_block(data + c * source.channel_stride, source, pixels, some, rows + c, row_stride);
+    }
+  });
+}
+
+// target(first_channel + c, first_pixel + p) = rows[p * row_stride + c]
+template <typename T>
+void store_rows(const T* rows, int64_t row_stride, const Pixels& target, int64_t first_channel,
+                int64_t channels, int64_t first_pixel, int64_t pixels) {
+  constexpr int64_t kSize = Vec<T>::kSize;
+  with_pointer(target, T(), [&](auto* data) {
+    data += first_channel * target.channel_stride + first_pixel * target.pixel_stride;
+    for (int64_t c = 0; c < channels; c += kSize) {
+      const int64_t some = channels - c < kSize ? channels - c : kSize;
+      store_block(rows + c, row_stride, data + c * target.channel_stride, target, pixels, some);
+    }
+  });
+}
+
+}  // namespace d2det::D2DET_ISA
