@@ -70,7 +70,7 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def peer_dtype(operator: Operator, dtype: torch.dtype, device: str) -> torch.dtype:
-    """What a peer without a kernel for bfloat16 runs in: float16, on CPU (which emulates it) float32."""
+    """What a peer without bfloat16 runs in: float16, or float32 on CPU, which emulates float16."""
     shapes = ((1, 8, 4, 4), (1, 18, 4, 4), (1, 9, 4, 4), (8, 8, 3, 3))
     if dtype == torch.bfloat16:
         try:

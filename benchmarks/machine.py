@@ -34,7 +34,7 @@ def describe(device: str = "cpu") -> str:
 def heading(title: str, device: str) -> str:
     """The lines above a table, in markdown: question, command, machine, versions, date."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    today = datetime.datetime.now(datetime.timezone.utc).date()
+    today = datetime.datetime.now(datetime.UTC).date()
     peers = [f"{name} {version}" for name in _PEERS if (version := _version(name))]
     versions = ", ".join([f"d2det {d2det.__version__}{_commit()}", *peers])
     return f"# {title}\n\n`{command}`\n\n{describe(device)}; {versions}. {today}."
