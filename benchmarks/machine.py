@@ -14,6 +14,8 @@ import torch
 import torchvision
 
 import d2det
+from d2det.ops._build_info import build_info
+from d2det.ops._library import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 _PEERS = ("detectron2", "mmcv")
@@ -36,7 +38,8 @@ def heading(title: str, device: str) -> str:
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     today = datetime.datetime.now(datetime.UTC).date()
     peers = [f"{name} {version}" for name in _PEERS if (version := _version(name))]
-    versions = ", ".join([f"d2det {d2det.__version__}{_commit()}", *peers])
+    kernels = build_info(extension.path).get("instruction set", "no compiled extension")
+    versions = ", ".join([f"d2det {d2det.__version__}{_commit()} ({kernels})", *peers])
     return f"# {title}\n\n`{command}`\n\n{describe(device)}; {versions}. {today}."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._build_info import build_info
+from ._build_info import build_info, cuda_build_info
 from ._library import extension, implementation, references
 
 
@@ -35,12 +35,11 @@ def _cpu_lines() -> list[str]:
 def _cuda_lines() -> list[str]:
     lines = []
     if extension.cuda_path is not None:
-        info = build_info(extension.cuda_path)
-        version = int(info.get("cuda", "0"))
+        info = cuda_build_info(extension.cuda_path)
         lines += [
             f"extension for CUDA: {extension.cuda_path}",
             f"CUDA architectures: {info.get('architectures', 'unknown')}, built with CUDA "
-            f"{version // 1000}.{version % 1000 // 10}",
+            f"{info.get('cuda', '(unknown)')}",
         ]
     elif extension.path is not None:
         lines.append(f"extension for CUDA: none. {extension.cuda_reason}")

@@ -7,15 +7,24 @@ from pathlib import Path
 
 
 def build_info(library: Path | None) -> dict[str, str]:
-    """Name and value of what a loaded library was built with; empty without one.
+    """What the loaded library for CPU was built with, name and value; empty without one.
 
-    The library for CPU says: "torch", "compiler", "instruction sets" (those it has kernels for) and
-    "instruction set" (the one in use in this process). The one for CUDA: "cuda", "architectures".
+    "torch", "compiler", "instruction sets" (those it has kernels for), "instruction set" (the one
+    in use in this process).
     """
+    return _read(library, "d2det_build_info")
+
+
+def cuda_build_info(library: Path | None) -> dict[str, str]:
+    """The same of the library for CUDA: "cuda" (the toolkit's version), "architectures"."""
+    return _read(library, "d2det_cuda_build_info")
+
+
+def _read(library: Path | None, symbol: str) -> dict[str, str]:
     if library is None:
         return {}
     try:
-        function = ctypes.CDLL(str(library)).d2det_build_info
+        function = getattr(ctypes.CDLL(str(library)), symbol)
     except (OSError, AttributeError):  # built from older sources
         return {}
     function.restype = ctypes.c_char_p
