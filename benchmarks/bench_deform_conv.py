@@ -28,7 +28,7 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, "ieee"),
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Operator = Callable[..., Tensor]  # (x, offset, mask, weight)
 
 
 @contextmanager
@@ -53,16 +53,17 @@ def torchvision(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tens
     return deform_conv2d(x, offset, weight, padding=1, mask=mask)
 
 
-def detectron2(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+def detectron2(*tensors: Tensor) -> Tensor:
     from detectron2.layers.deform_conv import modulated_deform_conv
 
-    return modulated_deform_conv(x, offset, mask, weight, None, 1, 1)
+    # NCHW only, and not all of it checked. (torchvision makes the same copies itself.)
+    return modulated_deform_conv(*(t.contiguous() for t in tensors), None, 1, 1)
 
 
-def mmcv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+def mmcv(*tensors: Tensor) -> Tensor:
     from mmcv.ops import modulated_deform_conv2d
 
-    return modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1)
+    return modulated_deform_conv2d(*(t.contiguous() for t in tensors), None, 1, 1)
 
 
 def plain(x: Tensor, weight: Tensor) -> Tensor:

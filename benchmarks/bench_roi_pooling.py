@@ -107,8 +107,10 @@ def mmcv_level(
 ) -> Tensor:
     from mmcv.ops import deform_roi_pool
 
-    # Its offsets are fractions of the RoI's size too; RoIs in the features' dtype.
-    return deform_roi_pool(f, rois.to(f.dtype), offset, (size, size), scale, samples, GAMMA)
+    # NCHW, all in one dtype; its offsets are fractions of the RoI's size too.
+    return deform_roi_pool(
+        f.contiguous(), rois.to(f.dtype), offset, (size, size), scale, samples, GAMMA
+    )
 
 
 def contestants(
