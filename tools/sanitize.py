@@ -27,6 +27,8 @@ import toolchain
 ROOT = Path(__file__).resolve().parent.parent
 # What starts Pythons of its own and tests no kernel.
 TESTS = ["tests/ops", "--ignore=tests/ops/test_ops_library.py", "-p", "no:cacheprovider"]
+# Both would come between the sanitizers' reports, on standard error, and us.
+TESTS += ["-p", "no:faulthandler", "--capture=no"]
 FLAGS = "-fsanitize=address,undefined -fsanitize-recover=address -fno-omit-frame-pointer -g"
 # Python and torch leak by design; a wrong access is reported, and the run goes on to the next.
 ASAN = "detect_leaks=0:halt_on_error=0:detect_odr_violation=0:alloc_dealloc_mismatch=0"
@@ -106,7 +108,7 @@ def check_cpu(args: argparse.Namespace) -> bool:
         raise CannotRun("a C++ compiler on Linux is needed")
     libraries = preloaded(compiler)
     with tempfile.TemporaryDirectory(prefix="d2det-sanitize-") as name:
-        folder = Path(name)
+        folder = (args.folder or Path(name)).absolute()
         extension = build(folder, compiler)
         common = {
             "D2DET_EXTENSION": str(extension),
@@ -114,8 +116,8 @@ def check_cpu(args: argparse.Namespace) -> bool:
             "LD_PRELOAD": libraries,
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
-            "ASAN_OPTIONS": f"{ASAN}:log_path={folder}/log",
-            "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={folder}/log",
+            "ASAN_OPTIONS": ASAN,
+            "UBSAN_OPTIONS": "print_stacktrace=1",
         }
         probe = python("-c", PROBE, **{**common, "D2DET_CPU_CAPABILITY": ""})
         if probe.returncode:
@@ -128,11 +130,7 @@ def check_cpu(args: argparse.Namespace) -> bool:
                 raise CannotRun(f"this processor runs {', '.join(present)}, not {isa}")
             command = ("-m", "pytest", "-q", *TESTS, "-m", "not gpu", *args.pytest)
             done = python(*command, **common, D2DET_CPU_CAPABILITY=isa)
-            logs = sorted(folder.glob("log.*"))
-            text = "".join(log.read_text(errors="replace") for log in logs)
-            clean &= report(f"CPU, {isa}", done, text + done.stderr)
-            for log in logs:
-                log.unlink()
+            clean &= report(f"CPU, {isa}", done, done.stderr)
     return clean
 
 
@@ -182,6 +180,7 @@ def main() -> None:
         "--tool", nargs="+", default=["memcheck"],
         choices=("memcheck", "racecheck", "initcheck", "synccheck"),
     )  # fmt: skip
+    parser.add_argument("--folder", type=Path, help="build there, and keep it for another run")
     parser.add_argument("pytest", nargs="*", help="after --: further arguments for pytest")
     args = parser.parse_args()
     clean = True
