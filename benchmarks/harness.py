@@ -173,10 +173,17 @@ def measure(case: Case, args: argparse.Namespace) -> list[Row]:
                 row = found[name]
                 row.times, row.note = outcome.times, outcome.error
                 if cuda and not row.note:
-                    row.syncs = timing.host_syncs(runners[name])
-                    row.peak = None if args.no_memory else memory.peak(runners[name], args.device)
+                    _look_at_gpu(row, runners[name], args)
             rows += _fastest(contestants, found)
     return rows
+
+
+def _look_at_gpu(row: Row, call: Callable[[], Any], args: argparse.Namespace) -> None:
+    try:
+        row.syncs = timing.host_syncs(call)
+        row.peak = None if args.no_memory else memory.peak(call, args.device)
+    except Exception as error:  # the time stands
+        print(f"{row.name}: {error}", file=sys.stderr)
 
 
 def phases(contestants: Sequence[Contestant]) -> list[str]:

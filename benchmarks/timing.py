@@ -14,7 +14,6 @@ import torch
 
 _LEAST_SAMPLE = 1e-3  # seconds; faster calls are repeated within one sample
 _LEAST_SAMPLES = 3
-_WARM_UP = 2
 
 Call = Callable[[], Any]
 Clock = Callable[[Call, int], float]
@@ -44,8 +43,7 @@ def alternate(
     repeats: dict[str, int] = {}
     for name, call in calls.items():
         try:
-            for _ in range(_WARM_UP):
-                clock(call, 1)
+            clock(call, 1)  # what is set up once
             repeats[name] = max(1, math.ceil(_LEAST_SAMPLE / max(clock(call, 1), 1e-9)))
         except Exception as error:
             outcomes[name].error = f"failed: {brief(error)}"

@@ -38,7 +38,7 @@ def test_calls_alternate_until_each_has_had_its_time():
         return call()
 
     found = timing.alternate(calls, 6.0, "cpu", clock)
-    warm_up = ["fast"] * 3 + ["slow"] * 3
+    warm_up = ["fast"] * 2 + ["slow"] * 2
     rounds = ["fast", "slow", "slow", "fast", "fast", "slow"]
     assert log == warm_up + rounds + ["fast"] * 3
     assert found["fast"].times == [1.0] * 6
