@@ -11,7 +11,8 @@ import harness
 import pytest
 import timing
 import torch
-from harness import BOTH, FORWARD, Case, Contestant, Row
+from harness import BOTH, FORWARD, Case, Contestant
+from table import Row, table
 
 BENCHES = sorted(p.stem for p in Path(harness.__file__).parent.glob("bench_*.py"))
 
@@ -61,7 +62,7 @@ def test_ratios_are_of_medians_to_the_first_row_of_the_case():
         Row(("a",), BOTH, "d2det", [0.010] * 3),
         Row(("a",), BOTH, "peer", note="failed: no such kernel"),
     ]
-    assert cells(harness.table(["size"], rows)) == [
+    assert cells(table(["size"], rows)) == [
         ["a", FORWARD, "d2det", "2", "1.5 to 5.5", "1.00", "1.00", "1.0", "0.25"],
         ["a", FORWARD, "peer", "6", "5 to 7", "3.00", "0.33", "1.5", "0.38"],
         ["a", BOTH, "d2det", "10", "10 to 10", "1.00", "1.00", "-", "-"],
@@ -71,7 +72,7 @@ def test_ratios_are_of_medians_to_the_first_row_of_the_case():
 
 def test_without_a_time_of_d2det_there_are_no_ratios():
     rows = [Row((), FORWARD, "d2det", note="failed: x"), Row((), FORWARD, "peer", [0.001] * 3)]
-    assert cells(harness.table([], rows))[1][-3:] == ["-", "-", "-"]
+    assert cells(table([], rows))[1][-3:] == ["-", "-", "-"]
 
 
 def test_a_contestant_that_fails_or_is_absent_is_a_row():
