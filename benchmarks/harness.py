@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import memory
@@ -24,6 +25,7 @@ from machine import heading
 from table import Row, table
 from torch import Tensor
 
+import d2det
 from d2det.ops._library import implementation
 
 FORWARD, BOTH = "forward", "forward + backward"
@@ -220,9 +222,11 @@ def _memory_of_child(device: str) -> dict[str, int]:
     if device.startswith("cuda") or memory.unavailable(device):
         return {}
     print("peak memory, in a process of its own", file=sys.stderr, flush=True)
+    # The child imports the d2det that is imported here.
+    path = [str(Path(d2det.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, *sys.argv, "--memory-child"],
-        env={**os.environ, **memory.ENVIRONMENT},
+        env={**os.environ, **memory.ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path))},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
