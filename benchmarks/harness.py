@@ -129,18 +129,17 @@ def run(
         _memory_child(cases, args)
         return
     known = {} if args.no_memory else _memory_of_child(args.device)
-    rows = []
+    rows, text = [], ""
     for index, case in enumerate(cases):
         print(f"{index + 1}/{len(cases)}", *case.labels, file=sys.stderr, flush=True)
         rows += measure(case, args)
         for row in rows:
             row.peak = known.get("|".join((*row.labels, row.phase, row.name)), row.peak)
-    text = f"{heading(title, args.device)}\n\n{table(columns, rows)}\n"
+        text = f"{heading(title, args.device)}\n\n{table(columns, rows)}\n"
+        if args.output:  # after each case, so that an interruption costs one
+            Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+            Path(args.output).write_text(text, encoding="utf-8")
     print(text)
-    if args.output:
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-        with open(args.output, "w", encoding="utf-8") as file:
-            file.write(text)
 
 
 def measure(case: Case, args: argparse.Namespace) -> list[Row]:

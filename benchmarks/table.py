@@ -51,7 +51,7 @@ def _times(row: Row, first: Row) -> list[str]:
     if not first.times:
         return [*cells, "-", "-"]
     ratio = middle / timing.median(first.times)
-    return [*cells, f"{ratio:.2f}", f"{1 / ratio:.2f}"]
+    return [*cells, *(f"{r:.2f}" if r >= 0.1 else f"{r:.2g}" for r in (ratio, 1 / ratio))]
 
 
 def _ms(seconds: float) -> str:
