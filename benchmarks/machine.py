@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def describe(device: str = "cpu") -> str:
 
 def heading(title: str, device: str) -> str:
     """The lines above a table, in markdown: question, command, machine, versions, date."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     today = datetime.datetime.now(datetime.UTC).date()
     peers = [f"{name} {version}" for name in _PEERS if (version := _version(name))]
     kernels = build_info(extension.path).get("instruction set", "no compiled extension")
