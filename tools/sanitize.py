@@ -36,6 +36,7 @@ FINDING = re.compile(
     r"ERROR: AddressSanitizer: .*|.*: runtime error: .*"
     r"|={9} (?:Invalid|Uninitialized|Error: |Barrier error) ?.*|={9} ERROR SUMMARY: [1-9].*"
 )
+_TRACE_LINES = 40
 PROBE = (
     "from d2det.ops._build_info import build_info as b; from d2det.ops._library import extension as"
     " e; i = b(e.path); print(i['instruction sets'], i['instruction set'], sep='\\n')"
@@ -88,15 +89,29 @@ def build(folder: Path, compiler: str) -> Path:
     return folder / "d2det"
 
 
+def findings_of(text: str) -> list[str]:
+    """Each finding once, with the first place in csrc/ that its stack trace names."""
+    found = []
+    for match in FINDING.finditer(text):
+        trace = text[match.end() : match.end() + 4000].split("\n\n")[0]
+        place = None if "csrc/" in match.group() else re.search(r"csrc/\S+:\d+", trace)
+        # Addresses and process numbers differ from run to run.
+        what = re.sub(r"==\d+==| on (unknown )?address.*| at (pc )?0x.*", "", match.group())
+        found.append(f"{what.strip()}{f' [{place.group()}]' if place else ''}")
+    return list(dict.fromkeys(found))
+
+
 def report(title: str, done: subprocess.CompletedProcess[str], text: str) -> bool:
-    """Print how a run of the tests ended and each finding once; whether all is well."""
+    """Print how a run of the tests ended, its findings and the first trace; whether all is well."""
     summary = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    findings = list(dict.fromkeys(match.group().strip() for match in FINDING.finditer(text)))
+    findings = findings_of(text)
     print(f"{title}: {len(findings)} findings; {summary}", flush=True)
     for finding in findings:
         print(f"  {finding}")
     if findings:
-        print(f"{text[:6000]}\n")
+        first = FINDING.search(text)
+        lines = text[first.start() if first else 0 :].splitlines()[:_TRACE_LINES]
+        print("\n".join(["first report:", *(f"    {line[:160]}" for line in lines), ""]))
     elif done.returncode:
         print(f"{done.stdout[-3000:]}{done.stderr[-3000:]}")
     return not findings and done.returncode == 0

@@ -28,6 +28,17 @@ def test_findings_are_seen_though_the_tests_pass(line, capsys):
     assert "CPU, avx2: 1 findings; 70 passed" in capsys.readouterr().out
 
 
+def test_a_finding_is_told_once_with_its_place_in_the_sources():
+    trace = "WRITE of size 4 at 0x60\n    #0 0x7f in run<float> /tmp/x/csrc/cpu/a.cpp:140\n\n"
+    other = ASAN.replace("0x6040", "0x6055").replace("==7==", "==8==")
+    text = f"{ASAN}\n{trace}passing\n{other}\n{trace}{FINDINGS[1]}\n{FINDINGS[2]}\n"
+    assert sanitize.findings_of(text) == [
+        "ERROR: AddressSanitizer: heap-buffer-overflow [csrc/cpu/a.cpp:140]",
+        FINDINGS[1],
+        FINDINGS[2],
+    ]
+
+
 @pytest.mark.parametrize(
     "text", ["", "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"]
 )
