@@ -3,7 +3,8 @@
 #   make demo     train the quick-start detector on generated images, evaluate it, draw detections
 #   make test     the tests
 #   make lint     ruff, mypy, clang-format
-#   make bench    the benchmarks, one after the other
+#   make bench    the benchmarks, one after the other; QUICK=1: tiny sizes
+#   make sanitize the operators' tests with AddressSanitizer, on a GPU with compute-sanitizer
 #   make setup    the set-up alone
 #   make clean    remove what was built; make distclean: the environment and all output as well
 #
@@ -18,7 +19,7 @@ OUTPUT ?= output/quickstart
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 CLANG_FORMAT = $(VENV_PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo test lint bench setup clean distclean
+.PHONY: demo test lint bench sanitize setup clean distclean
 
 demo:
 	@$(SETUP) --require detectron2
@@ -38,9 +39,13 @@ lint: setup
 
 bench: setup
 	@for file in benchmarks/bench_*.py; do \
-		[ -e "$$file" ] || continue; \
-		echo "== $$file"; $(VENV_PYTHON) "$$file" || exit 1; \
+		echo "== $$file"; \
+		$(VENV_PYTHON) "$$file" $(if $(QUICK),--quick) \
+			--output "output/benchmarks/$$(basename "$$file" .py).md" || exit 1; \
 	done
+
+sanitize: setup
+	$(VENV_PYTHON) tools/sanitize.py
 
 setup:
 	@$(SETUP)

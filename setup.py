@@ -75,8 +75,8 @@ def extension_arguments() -> dict[str, Any]:
     cuda = _cuda_home(torch.version.cuda)
     if cuda is not None:
         os.environ["CUDA_HOME"] = str(cuda)  # read when cpp_extension is imported
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = _present_gpus() or DEFAULT_ARCHITECTURES
     from torch.utils import cpp_extension
 
     flags = ["-O3", "-fvisibility=hidden"]
@@ -95,7 +95,11 @@ def extension_arguments() -> dict[str, Any]:
         # A library of its own: where it does not load, for a torch without CUDA, the other does.
         headers = toolchain.cuda_header_dirs(cuda, Path(torch.__file__).parent.parent)
         system = [part for folder in headers for part in ("-isystem", str(folder))]
-        common["define_macros"] = [*STABLE_ABI, ("USE_CUDA", None)]  # opens torch's CUDA calls
+        common["define_macros"] = [
+            *STABLE_ABI,
+            ("USE_CUDA", None),  # opens torch's CUDA calls
+            ("D2DET_CUDA_ARCHITECTURES", os.environ["TORCH_CUDA_ARCH_LIST"]),
+        ]
         nvcc = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden", *system]
         extensions.append(
             cpp_extension.CUDAExtension(
@@ -111,6 +115,15 @@ def extension_arguments() -> dict[str, Any]:
         # They use nothing of Python's: one wheel for every Python that d2det runs on.
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
+
+
+def _present_gpus() -> str:
+    """The architectures of this machine's GPUs, the newest one's also for later ones (PTX)."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = sorted({torch.cuda.get_device_capability(index) for index in range(count)})
+    return ";".join(f"{major}.{minor}" for major, minor in found) + "+PTX" * bool(found)
 
 
 def _cuda_home(torch_cuda: str | None) -> Path | None:

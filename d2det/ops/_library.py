@@ -21,6 +21,7 @@ import torch
 
 NAMESPACE = "d2det"
 DISABLE_VARIABLE = "D2DET_DISABLE_EXTENSION"
+FOLDER_VARIABLE = "D2DET_EXTENSION"  # names the folder of another build, e.g. with a sanitizer
 BUILD_COMMAND = "pip install --no-build-isolation ."
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -77,7 +78,20 @@ def _load(directory: Path, name: str) -> tuple[Path | None, str]:
     return path, ""
 
 
-extension = _Extension(Path(__file__).resolve().parent.parent)
+def _find_extension() -> _Extension:
+    """Loads the extension from beside this package, or from the folder that is named instead.
+
+    Raises:
+        ImportError: there is none that loads in the named folder; no other takes its place.
+    """
+    named = os.environ.get(FOLDER_VARIABLE, "")
+    found = _Extension(Path(named).absolute() if named else Path(__file__).resolve().parent.parent)
+    if named and found.path is None:
+        raise ImportError(f"{FOLDER_VARIABLE}={named}: {found.reason}")
+    return found
+
+
+extension = _find_extension()
 
 
 def define(

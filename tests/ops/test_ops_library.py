@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,10 +41,10 @@ print("\\n".join(messages))
 """
 
 
-def run(*arguments: str, **environment: str) -> str:
-    """Standard output of a Python of its own, without a GPU."""
+def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, without a GPU."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
         capture_output=True,
@@ -52,6 +53,11 @@ def run(*arguments: str, **environment: str) -> str:
         check=False,
         cwd=Path(d2det.ops.__file__).resolve().parents[2],
     )
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """Standard output of such a Python, which must end well."""
+    done = start(*arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -129,6 +135,47 @@ def test_an_extension_that_does_not_load_is_explained(tmp_path, monkeypatch):
     assert broken.path is None
     assert "does not load" in broken.reason
     assert "pip install" in broken.reason
+
+
+def test_another_build_can_be_named(tmp_path):
+    if _library.extension.path is None:
+        pytest.skip("no compiled extension here")
+    copy = shutil.copy(_library.extension.path, tmp_path)
+    output = run("-m", "d2det.ops", D2DET_EXTENSION=str(tmp_path), D2DET_DISABLE_EXTENSION="0")
+    assert f"extension: {copy}\n" in output
+
+
+def test_a_named_build_that_is_not_there_is_an_error(tmp_path):
+    """No other takes its place: a test of that build would test nothing."""
+    done = start("-m", "d2det.ops", D2DET_EXTENSION=str(tmp_path), D2DET_DISABLE_EXTENSION="0")
+    assert done.returncode != 0
+    assert f"ImportError: D2DET_EXTENSION={tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize("wanted", ["", "portable"])
+def test_listing_says_what_the_extension_was_built_with(wanted):
+    if _library.extension.path is None:
+        pytest.skip("no compiled extension here")
+    output = run("-m", "d2det.ops", D2DET_CPU_CAPABILITY=wanted, D2DET_DISABLE_EXTENSION="0")
+    facts = dict(line.split(": ", 1) for line in output.splitlines() if ": " in line)
+    assert facts["extension"] == str(_library.extension.path)
+    assert re.fullmatch(r"\S+; the extension was built with \d+\.\d+\.\d+", facts["torch"])
+    assert facts["torch"].startswith(torch.__version__)
+    present = facts["instruction sets"].split()
+    assert present[0] == "portable"
+    used = facts["instruction set used on this processor"]
+    assert used in present
+    assert used == (wanted or used)
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not wanted and len(present) > 1 and capability in ("AVX2", "AVX512"):
+        assert used.startswith(capability.lower())
+
+
+def test_a_wrong_instruction_set_is_told_not_thrown():
+    if _library.extension.path is None:
+        pytest.skip("no compiled extension here")
+    output = run("-m", "d2det.ops", D2DET_CPU_CAPABILITY="mmx", D2DET_DISABLE_EXTENSION="0")
+    assert "D2DET_CPU_CAPABILITY must be portable, avx2, avx512 or avx512_bf16, got mmx" in output
 
 
 def test_soft_nms_is_compiled_where_the_extension_is():
