@@ -25,8 +25,9 @@ from pathlib import Path
 import toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
-# What starts Pythons of its own and tests no kernel.
+# Two files that test no kernel: the seam to Python, and which instructions the compiler chose.
 TESTS = ["tests/ops", "--ignore=tests/ops/test_ops_library.py", "-p", "no:cacheprovider"]
+TESTS += ["--ignore=tests/ops/test_ops_portability.py"]
 # Both would come between the sanitizers' reports, on standard error, and us.
 TESTS += ["-p", "no:faulthandler", "--capture=no"]
 FLAGS = "-fsanitize=address,undefined -fsanitize-recover=address -fno-omit-frame-pointer -g"
