@@ -204,22 +204,29 @@ __device__ __forceinline__ void atomic_add(T* address, T value) {
   atomicAdd(address, value);
 }
 
-// Adds N neighbours; one instruction for four floats on compute capability 9.0.
+#if defined(D2DET_EMULATE_CUDA) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+constexpr bool kHasVectorAtomics = true;
+#else
+constexpr bool kHasVectorAtomics = false;
+#endif
+
+// Adds N neighbours in global memory, aligned as a whole; one instruction for four floats on
+// compute capability 9.0.
 template <int N, typename T>
 __device__ __forceinline__ void atomic_add_vector(T* address, const T* values) {
+  if constexpr (kHasVectorAtomics && std::is_same_v<T, float> && N % 4 == 0) {
 #if defined(D2DET_EMULATE_CUDA) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
-  if constexpr (std::is_same_v<T, float> && N % 4 == 0) {
     check_alignment<T, 4>(address);
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
       atomicAdd(reinterpret_cast<float4*>(address + i),
                 make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
     }
-    return;
-  }
 #endif
+  } else {
 #pragma unroll
-  for (int i = 0; i < N; ++i) atomicAdd(address + i, values[i]);
+    for (int i = 0; i < N; ++i) atomicAdd(address + i, values[i]);
+  }
 }
 
 }  // namespace d2det

@@ -49,7 +49,8 @@ struct Machine {
   size_t current = 0;
   void (*body)(void*) = nullptr;
   void* context = nullptr;
-  std::vector<unsigned char> shared;
+  std::vector<unsigned char> shared_memory;
+  unsigned char* shared = nullptr;  // dynamic shared memory, between two guard zones
   size_t shared_bytes = 0;
   int barrier_count = 0;
   std::string error;
@@ -144,7 +145,7 @@ void run_block(Order order) {
     thread = {.context = {}, .index = {x, rest % blockDim.y, rest / blockDim.y}};
     prepare(thread.context, machine.stacks.at(i), Stacks::kBytes, &thread_main);
   }
-  std::memset(machine.shared.data() + kGuard, kGarbage, machine.shared_bytes);
+  std::memset(machine.shared, kGarbage, machine.shared_bytes);
   size_t done = 0;
   while (done < machine.count && machine.error.empty()) {
     if (order == Order::kShuffled) {
@@ -166,8 +167,8 @@ void run_block(Order order) {
 }
 
 void check_guards() {
-  const unsigned char* low = machine.shared.data();
-  const unsigned char* high = low + kGuard + machine.shared_bytes;
+  const unsigned char* low = machine.shared - kGuard;
+  const unsigned char* high = machine.shared + machine.shared_bytes;
   for (size_t i = 0; i < kGuard; ++i) {
     if (low[i] == kGuardByte && high[i] == kGuardByte) continue;
     machine.error = "a write outside of the block's dynamic shared memory";
@@ -198,7 +199,9 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (
     machine.body = body;
     machine.context = context;
     machine.shared_bytes = shared_bytes;
-    machine.shared.assign(shared_bytes + 2 * kGuard, kGuardByte);
+    machine.shared_memory.assign(shared_bytes + 3 * kGuard, kGuardByte);
+    const auto start = reinterpret_cast<uintptr_t>(machine.shared_memory.data()) + 2 * kGuard;
+    machine.shared = reinterpret_cast<unsigned char*>(start / kGuard * kGuard);
     gridDim = grid;
     blockDim = block;
   }
@@ -265,10 +268,7 @@ void wait_for_warp(const Exchange& exchange, Site site) {
   }
 }
 
-unsigned char* dynamic_shared() {
-  // 128-byte alignment, as nvcc gives the start of shared memory at least 16.
-  return machine.shared.data() + kGuard;
-}
+unsigned char* dynamic_shared() { return machine.shared; }
 
 unsigned lane() { return static_cast<unsigned>(machine.current & 31u); }
 
