@@ -116,6 +116,23 @@ inline unsigned grid_for(int64_t items, int64_t threads) {
                d2det_step = static_cast<int64_t>(gridDim.x) * blockDim.x;                   \
        index < (count); index += d2det_step)
 
+// Calls f(T{}) with the element type of a floating-point tensor.
+template <typename F>
+void dispatch_floating(ScalarType type, F f) {
+  switch (type) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(Half{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      fail("floating-point tensors are needed, got ", torch::headeronly::toString(type));
+  }
+}
+
 // ---- Device: numbers ----
 // Elements are torch's Half and BFloat16, which are bit for bit CUDA's __half and __nv_bfloat16.
 
