@@ -153,10 +153,10 @@ __device__ void fill_taps(const Taps<A>& table, const Place<A>& place, const Lev
     if (args.offset != nullptr) {  // x before y
       shift = args.gamma * args.offset[(2 * place.roi + (is_x ? 0 : 1)) * area + bin];
     }
-    Tap<A>* taps = table.taps + item * table.capacity;
-    table.counts[item] =
-        is_x ? find_taps(place.x, bin % args.side, shift, level.width, 1, args, taps)
-             : find_taps(place.y, bin / args.side, shift, level.height, level.width, args, taps);
+    table.counts[item] = find_taps(
+        is_x ? place.x : place.y, is_x ? bin % args.side : bin / args.side, shift,
+        is_x ? level.width : level.height, is_x ? 1 : level.width, args,
+        table.taps + item * table.capacity);
   }
   __syncthreads();
 }
