@@ -63,11 +63,11 @@ Shape make_shape(const Operands& operands, const Settings& settings, size_t elem
                                           : shape.tile * shape.area() % vector == 0);
   shape.roi_tiles =
       shape.tile == 0 ? 0 : static_cast<int32_t>(ceil_div(shape.channels, shape.tile));
-  shape.by_tile = Divisor(std::max(shape.tile, 1));
-  shape.by_area = Divisor(shape.area());
-  shape.by_width = Divisor(shape.width);
-  shape.by_pooled_area = Divisor(shape.pooled_area());
-  shape.by_pooled_width = Divisor(shape.pooled_width);
+  shape.by_tile = Divisor::of(std::max(shape.tile, 1));
+  shape.by_area = Divisor::of(shape.area());
+  shape.by_width = Divisor::of(shape.width);
+  shape.by_pooled_area = Divisor::of(shape.pooled_area());
+  shape.by_pooled_width = Divisor::of(shape.pooled_width);
   return shape;
 }
 

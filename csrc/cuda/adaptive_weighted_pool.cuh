@@ -14,8 +14,11 @@ constexpr int kThreads = 256;
 // product is below 2^32.
 struct Divisor {
   uint32_t divisor, factor;
-  __host__ __device__ explicit Divisor(uint32_t value = 1)
-      : divisor(value), factor(static_cast<uint32_t>(((uint64_t{1} << 32) + value - 1) / value)) {}
+  static Divisor of(int32_t value) {
+    const auto divisor = static_cast<uint64_t>(value);
+    return {static_cast<uint32_t>(value),
+            static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor)};
+  }
   __device__ __forceinline__ uint32_t divide(uint32_t value) const {
     return divisor == 1 ? value : __umulhi(value, factor);
   }
