@@ -13,8 +13,8 @@ Operands check_and_arrange(const Tensor& features, const Tensor& logits, const S
   D2DET_CHECK(std::min(sizes[2], sizes[3]) + 2 * window.padding >= window.kernel_size,
               "features of shape ", shape_text(features), " are smaller than a window of ",
               window.kernel_size);
-  D2DET_CHECK(sizes[2] * sizes[3] < (int64_t{1} << 31), "planes are too large: ",
-              shape_text(features));
+  D2DET_CHECK(sizes[2] * sizes[3] < (int64_t{1} << 31),
+              "planes are too large: ", shape_text(features));
   Operands operands;
   operands.channels_last = is_channels_last(features) && !features.is_contiguous();
   const MemoryFormat format =
@@ -44,11 +44,8 @@ Shape make_shape(const Operands& operands, const Settings& settings, size_t elem
   };
   shape.pooled_height = pooled(shape.height);
   shape.pooled_width = pooled(shape.width);
-  const size_t plane_bytes =
-      shape.area() * element_bytes + shape.pooled_area() * pooled_bytes;
-  const auto fits = [&](int32_t planes) {
-    return planes * plane_bytes <= kSharedBytesByDefault;
-  };
+  const size_t plane_bytes = shape.area() * element_bytes + shape.pooled_area() * pooled_bytes;
+  const auto fits = [&](int32_t planes) { return planes * plane_bytes <= kSharedBytesByDefault; };
   // Eight channels are the least that channels-last memory is read well with. Half of the shared
   // memory that may be had without asking lets several blocks share a multiprocessor.
   const int32_t least = operands.channels_last ? 8 : 1;
@@ -95,8 +92,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int32_t item = threadIdx.x; item < shape.tile * area; item += blockDim.x) {
     const int64_t index = tile.index(shape, item, area);
     if (index < 0) continue;
-    const Position at = position_in<kChannelsLast>(shape, item, area, shape.by_pooled_area,
-                                                   shape.by_pooled_width);
+    const Position at =
+        position_in<kChannelsLast>(shape, item, area, shape.by_pooled_area, shape.by_pooled_width);
     const Sums<A> sums = window_sums<kChannelsLast>(shape, pairs, at, window);
     output[index] =
         from_float<T>(settings.normalize ? sums.features / sums.weights : sums.features * share);

@@ -37,9 +37,9 @@ struct Settings {
 struct Shape {
   int64_t planes;  // R * C
   int32_t channels, height, width, pooled_height, pooled_width;
-  int32_t tile;            // planes of a block
-  int32_t roi_tiles;       // channels last: blocks of a RoI
-  bool vectors;            // whether tiles are read in vectors
+  int32_t tile;       // planes of a block
+  int32_t roi_tiles;  // channels last: blocks of a RoI
+  bool vectors;       // whether tiles are read in vectors
   Divisor by_tile, by_pooled_area, by_pooled_width, by_area, by_width;
 
   __host__ __device__ __forceinline__ int32_t area() const { return height * width; }
@@ -212,8 +212,8 @@ __device__ __forceinline__ Sums<A> window_sums(const Shape& shape, const Pair<A>
     for (int j = 0; j < window.kernel_size; ++j) {
       const int32_t y = top + i, x = left + j;
       if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) continue;
-      const Pair<A> pair = pairs[item_of<kChannelsLast>(shape, at.plane, y * shape.width + x,
-                                                        shape.area())];
+      const Pair<A> pair =
+          pairs[item_of<kChannelsLast>(shape, at.plane, y * shape.width + x, shape.area())];
       sums.weights += pair.weight;
       sums.features += pair.weight * pair.feature;
     }
@@ -235,7 +235,8 @@ inline Settings make_settings(double coefficient, int64_t kernel_size, int64_t s
                   padding >= 0 && 2 * padding <= kernel_size,
               "kernel_size and stride must be positive and padding at most kernel_size / 2, got ",
               kernel_size, ", ", stride, ", ", padding);
-  return {coefficient, normalize,
+  return {coefficient,
+          normalize,
           {static_cast<int32_t>(kernel_size), static_cast<int32_t>(stride),
            static_cast<int32_t>(padding)}};
 }

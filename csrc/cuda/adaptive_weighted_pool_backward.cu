@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int32_t item = threadIdx.x; item < pooled; item += blockDim.x) {
     const int64_t index = tile.index(shape, item, shape.pooled_area());
     if (index < 0) continue;
-    const Position at = position_in<kChannelsLast>(
-        shape, item, shape.pooled_area(), shape.by_pooled_area, shape.by_pooled_width);
+    const Position at = position_in<kChannelsLast>(shape, item, shape.pooled_area(),
+                                                   shape.by_pooled_area, shape.by_pooled_width);
     const Sums<A> sums = window_sums<kChannelsLast>(shape, pairs, at, window);
     owed[item] = owed_by(to_float(grad_output[index]), sums, settings);
   }
@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(kThreads)
     const Pair<A> pair = pairs[item];
     if (grad_features != nullptr) grad_features[index] = from_float<T>(pair.weight * plain);
     if (grad_logits != nullptr) {
-      grad_logits[index] =
-          static_cast<L>(slopes[item] * (pair.feature * plain - weighted));
+      grad_logits[index] = static_cast<L>(slopes[item] * (pair.feature * plain - weighted));
     }
   }
 }
@@ -111,8 +110,7 @@ __global__ void collect_owed(const __grid_constant__ Shape shape,
       }
     }
     const Weight<A> weight = weight_of<T>(static_cast<A>(to_float(logits[item])),
-                                          static_cast<A>(settings.coefficient),
-                                          settings.normalize);
+                                          static_cast<A>(settings.coefficient), settings.normalize);
     if (grad_features != nullptr) grad_features[item] = from_float<T>(weight.value * plain);
     if (grad_logits != nullptr) {
       grad_logits[item] =
@@ -129,9 +127,9 @@ struct Target {
 Target make_target(const Tensor& value, const Tensor& arranged, bool needed) {
   if (!needed) return {torch::stable::new_empty(value, {0}), Tensor()};
   Tensor result = torch::stable::empty_like(value);
-  const bool same = value.scalar_type() == arranged.scalar_type() &&
-                    std::equal(result.strides().begin(), result.strides().end(),
-                               arranged.strides().begin());
+  const bool same =
+      value.scalar_type() == arranged.scalar_type() &&
+      std::equal(result.strides().begin(), result.strides().end(), arranged.strides().begin());
   return {result, same ? result : torch::stable::empty_like(arranged)};
 }
 
@@ -148,10 +146,12 @@ E* pointer(const Target& target) {
   return target.written.defined() ? target.written.mutable_data_ptr<E>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor> adaptive_weighted_pool_backward(
-    const Tensor& grad_output, const Tensor& features, const Tensor& logits, double coefficient,
-    int64_t kernel_size, int64_t stride, int64_t padding, bool normalize,
-    std::vector<bool> output_mask) {
+std::tuple<Tensor, Tensor> adaptive_weighted_pool_backward(const Tensor& grad_output,
+                                                           const Tensor& features,
+                                                           const Tensor& logits, double coefficient,
+                                                           int64_t kernel_size, int64_t stride,
+                                                           int64_t padding, bool normalize,
+                                                           std::vector<bool> output_mask) {
   const Settings settings = make_settings(coefficient, kernel_size, stride, padding, normalize);
   D2DET_CHECK(output_mask.size() == 2, "output_mask must have 2 entries");
   D2DET_DEVICE_GUARD(features);
@@ -180,9 +180,9 @@ std::tuple<Tensor, Tensor> adaptive_weighted_pool_backward(
     T* features_out = pointer<T>(for_features);
     L* logits_out = pointer<L>(for_logits);
     if (shape.tile == 0) {
-      const Tensor workspace = torch::stable::empty({grad.numel() * 2},
-                                                    accumulation_type(features.scalar_type()),
-                                                    std::nullopt, features.device());
+      const Tensor workspace =
+          torch::stable::empty({grad.numel() * 2}, accumulation_type(features.scalar_type()),
+                               std::nullopt, features.device());
       auto* owed = static_cast<Owed<A>*>(workspace.mutable_data_ptr());
       D2DET_LAUNCH((find_owed<T, L>), grid_for(grad.numel(), kThreads), kThreads, 0, stream, shape,
                    settings, grads, values, raw, owed, operands.channels_last);
@@ -191,18 +191,17 @@ std::tuple<Tensor, Tensor> adaptive_weighted_pool_backward(
                    operands.channels_last);
       return;
     }
-    dispatch_window(
-        operands.channels_last, settings.window,
-        [&](auto layout, auto size, auto step, auto border) {
-          constexpr bool kLast = decltype(layout)::value;
-          constexpr int kSize = decltype(size)::value;
-          constexpr int kStep = decltype(step)::value;
-          constexpr int kBorder = decltype(border)::value;
-          D2DET_LAUNCH((pool_tiles_backward<T, L, kLast, kSize, kStep, kBorder>),
-                       tile_count(shape, operands), kThreads,
-                       tile_bytes(shape, 3 * number_bytes, 2 * number_bytes), stream, shape,
-                       settings, grads, values, raw, features_out, logits_out);
-        });
+    dispatch_window(operands.channels_last, settings.window,
+                    [&](auto layout, auto size, auto step, auto border) {
+                      constexpr bool kLast = decltype(layout)::value;
+                      constexpr int kSize = decltype(size)::value;
+                      constexpr int kStep = decltype(step)::value;
+                      constexpr int kBorder = decltype(border)::value;
+                      D2DET_LAUNCH((pool_tiles_backward<T, L, kLast, kSize, kStep, kBorder>),
+                                   tile_count(shape, operands), kThreads,
+                                   tile_bytes(shape, 3 * number_bytes, 2 * number_bytes), stream,
+                                   shape, settings, grads, values, raw, features_out, logits_out);
+                    });
   });
   return {finish(for_features), finish(for_logits)};
 }

@@ -1,5 +1,5 @@
-// Adaptive weighted pooling of planes too large for shared memory: every thread computes the weights
-// that it needs.
+// Adaptive weighted pooling of planes too large for shared memory: every thread computes the
+// weights that it needs.
 
 #pragma once
 
@@ -50,8 +50,7 @@ __device__ Sums<Accumulate<T>> sums_of_window(const Shape& shape, const Settings
   const int32_t left = spot.x * window.stride - window.padding;
   for (int32_t y = max(top, 0); y < min(top + window.kernel_size, shape.height); ++y) {
     for (int32_t x = max(left, 0); x < min(left + window.kernel_size, shape.width); ++x) {
-      const int64_t index =
-          spot.at(y, x, shape.height, shape.width, shape.channels, channels_last);
+      const int64_t index = spot.at(y, x, shape.height, shape.width, shape.channels, channels_last);
       const A weight = weight_of<T>(static_cast<A>(to_float(logits[index])),
                                     static_cast<A>(settings.coefficient), settings.normalize)
                            .value;

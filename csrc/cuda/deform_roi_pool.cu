@@ -20,8 +20,8 @@ void check_arguments(const std::vector<Tensor>& features, const Tensor& rois, co
     check_floating("features", f, {features[0].size(0), features[0].size(1), -1, -1}, features[0]);
     D2DET_CHECK(f.scalar_type() == features[0].scalar_type(), "features must share one dtype");
     D2DET_CHECK(f.size(2) > 0 && f.size(3) > 0, "a level is empty: ", shape_text(f));
-    D2DET_CHECK(f.size(2) * f.size(3) < (int64_t{1} << 31), "a level is too large: ",
-                shape_text(f));
+    D2DET_CHECK(f.size(2) * f.size(3) < (int64_t{1} << 31),
+                "a level is too large: ", shape_text(f));
   }
   D2DET_CHECK(features[0].size(0) < (int64_t{1} << 31), "too many images");
   check_floating("rois", rois, {-1, 5}, features[0]);
@@ -136,9 +136,8 @@ __global__ void __launch_bounds__(kThreads)
   const Tap<A>* y = table.of(bin, 0);
   const Tap<A>* x = table.of(bin, 1);
   const int rows = table.count(bin, 0), columns = table.count(bin, 1);
-  const A scale = args.modulation == nullptr
-                      ? A(1)
-                      : args.modulation[place.roi * area + place.first_bin + bin];
+  const A scale =
+      args.modulation == nullptr ? A(1) : args.modulation[place.roi * area + place.first_bin + bin];
   // The channels are spread over blockIdx.y too: with few RoIs there would be few blocks.
   for (int channel = blockIdx.y * blockDim.y + threadIdx.y; channel < args.channels;
        channel += gridDim.y * blockDim.y) {
@@ -195,8 +194,8 @@ Tensor deform_roi_pool(const std::vector<Tensor>& features, const Tensor& rois,
   const ScalarType type = accumulation_type(first.scalar_type());
   const Tables tables = make_tables(type, rois, levels, offset, modulation);
   const bool output_channels_last = is_channels_last(output) && !output.is_contiguous();
-  const bool direct = !output_channels_last &&
-                      reads_little(features, rois.size(0), output_size, sampling_ratio);
+  const bool direct =
+      !output_channels_last && reads_little(features, rois.size(0), output_size, sampling_ratio);
   std::vector<Tensor> maps = features;
   Levels table{};
   for (size_t i = 0; i < maps.size(); ++i) {

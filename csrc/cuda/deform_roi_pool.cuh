@@ -31,10 +31,10 @@ struct Levels {
 
 template <typename A>
 struct Arguments {
-  const A* rois;           // (R, 5)
-  const int64_t* levels;   // (R,)
-  const A* offset;         // (R, 2, o, o) or null
-  const A* modulation;     // (R, o, o) or null
+  const A* rois;          // (R, 5)
+  const int64_t* levels;  // (R,)
+  const A* offset;        // (R, 2, o, o) or null
+  const A* modulation;    // (R, o, o) or null
   int64_t rois_count;
   int32_t images, level_count, channels, side, points;
   A gamma;
@@ -120,8 +120,9 @@ __device__ int find_taps(RoiSpan<A> span, int bin, A shift, int32_t size, int32_
     const A at = roi_position(span, bin, args.side, p, points, shift, args.convention);
     const A share = roi_reads(at, size, args.convention) ? full_share : A(0);
     const Neighbours<A> near = roi_neighbours(at, size);
-    const Tap<A> pair[2] = {{near.weight_low * share, near.slope_low * share, near.low * stride},
-                            {near.weight_high * share, near.slope_high * share, near.high * stride}};
+    const Tap<A> pair[2] = {
+        {near.weight_low * share, near.slope_low * share, near.low * stride},
+        {near.weight_high * share, near.slope_high * share, near.high * stride}};
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       int slot = count;
@@ -153,10 +154,10 @@ __device__ void fill_taps(const Taps<A>& table, const Place<A>& place, const Lev
     if (args.offset != nullptr) {  // x before y
       shift = args.gamma * args.offset[(2 * place.roi + (is_x ? 0 : 1)) * area + bin];
     }
-    table.counts[item] = find_taps(
-        is_x ? place.x : place.y, is_x ? bin % args.side : bin / args.side, shift,
-        is_x ? level.width : level.height, is_x ? 1 : level.width, args,
-        table.taps + item * table.capacity);
+    table.counts[item] =
+        find_taps(is_x ? place.x : place.y, is_x ? bin % args.side : bin / args.side, shift,
+                  is_x ? level.width : level.height, is_x ? 1 : level.width, args,
+                  table.taps + item * table.capacity);
   }
   __syncthreads();
 }
@@ -244,8 +245,8 @@ Arguments<A> make_arguments(const std::vector<Tensor>& features, const Tables& t
   while (most > 1 && taps_bytes<A>(static_cast<int32_t>(most), args.points) > kTableBytes) --most;
   args.block_tiles = static_cast<int32_t>(ceil_div(area, most));
   args.block_bins = static_cast<int32_t>(ceil_div(area, args.block_tiles));
-  D2DET_CHECK(args.rois_count * args.block_tiles < (int64_t{1} << 31), "too many RoIs: ",
-              args.rois_count);
+  D2DET_CHECK(args.rois_count * args.block_tiles < (int64_t{1} << 31),
+              "too many RoIs: ", args.rois_count);
   return args;
 }
 

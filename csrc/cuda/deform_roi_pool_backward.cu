@@ -241,8 +241,7 @@ template <typename A>
 Tensor finish(const Tensor& features, const Tensor& sums, const Operands& operands, int64_t bins) {
   Tensor values = sums;
   if (sums.scalar_type() == ScalarType::Long) {
-    values =
-        empty_channels_last(features, sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
+    values = empty_channels_last(features, sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
     D2DET_LAUNCH((from_fixed<A>), grid_for(values.numel(), 256), 256, 0, current_stream(features),
                  static_cast<const unsigned long long*>(sums.const_data_ptr()),
                  values.mutable_data_ptr<A>(), values.numel(),
@@ -311,18 +310,18 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> deform_roi_pool_backward(
                      static_cast<int32_t>(features[i].size(3)), spatial_scales[i]};
     }
     const bool grad_channels_last = is_channels_last(grad_output) && !grad_output.is_contiguous();
-    operands.grad_output = as(grad_output, first.scalar_type(),
-                              grad_channels_last ? MemoryFormat::ChannelsLast
-                                                 : MemoryFormat::Contiguous);
+    operands.grad_output =
+        as(grad_output, first.scalar_type(),
+           grad_channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     operands.tables = make_tables(type, rois, levels, offset, modulation);
     if (deterministic) operands.magnitudes = torch::stable::new_zeros(levels, {2, 2});
     dispatch_floating(first.scalar_type(), [&](auto element) {
       using T = decltype(element);
       using A = Accumulate<T>;
       constexpr int V = kVectorSize<T>;
-      const Arguments<A> args = make_arguments<A>(features, operands.tables, output_size,
-                                                  sampling_ratio, gamma, convention,
-                                                  grad_channels_last);
+      const Arguments<A> args =
+          make_arguments<A>(features, operands.tables, output_size, sampling_ratio, gamma,
+                            convention, grad_channels_last);
       const Gradients<A> grads{
           grad_offset.defined() ? grad_offset.mutable_data_ptr<A>() : nullptr,
           grad_modulation.defined() ? grad_modulation.mutable_data_ptr<A>() : nullptr, nullptr,
@@ -344,10 +343,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> deform_roi_pool_backward(
   }
   std::vector<Tensor> grad_features;
   for (size_t i = 0; i < operands.sums.size(); ++i) {
-    grad_features.push_back(
-        type == ScalarType::Double
-            ? finish<double>(features[i], operands.sums[i], operands, bins)
-            : finish<float>(features[i], operands.sums[i], operands, bins));
+    grad_features.push_back(type == ScalarType::Double
+                                ? finish<double>(features[i], operands.sums[i], operands, bins)
+                                : finish<float>(features[i], operands.sums[i], operands, bins));
   }
   return {grad_features, finish_grad(offset, grad_offset, rois),
           finish_grad(modulation, grad_modulation, rois)};

@@ -190,8 +190,8 @@ __global__ void write_results(const A* ordered, const int64_t* order, int64_t co
 std::tuple<Tensor, Tensor> stable_sort(const Tensor& values, bool descending) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  std::array<StableIValue, 4> stack{from(values), from(std::optional<bool>(true)),
-                                    from(int64_t{0}), from(descending)};
+  std::array<StableIValue, 4> stack{from(values), from(std::optional<bool>(true)), from(int64_t{0}),
+                                    from(descending)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};

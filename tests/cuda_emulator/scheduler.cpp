@@ -104,8 +104,8 @@ std::string describe_waiting() {
     out << "; from thread " << text(thread.index) << " on, threads wait "
         << (thread.state == State::kAtBarrier ? "at the barrier in " : "for their warp in ")
         << text(thread.site);
-    if (thread.state == State::kInWarp) out << " with mask " << std::hex << thread.exchange->mask
-                                            << std::dec;
+    if (thread.state == State::kInWarp)
+      out << " with mask " << std::hex << thread.exchange->mask << std::dec;
   }
   out << "; " << done << " of " << machine.count << " threads have returned";
   return out.str();
@@ -118,8 +118,8 @@ void release_barrier() {
   for (size_t i = 0; i < machine.count; ++i) {
     const Thread& thread = machine.threads[i];
     if (thread.state != State::kAtBarrier || !same(thread.site, site)) {
-      machine.error = "a barrier or warp collective that not all of its threads reach" +
-                      describe_waiting();
+      machine.error =
+          "a barrier or warp collective that not all of its threads reach" + describe_waiting();
       return;
     }
     predicates += thread.predicate;
@@ -257,8 +257,8 @@ void wait_for_warp(const Exchange& exchange, Site site) {
   values.assign(32 * exchange.size, 0);
   for (size_t lane = 0; lane < 32; ++lane) {
     if (!(exchange.mask >> lane & 1u)) continue;
-    std::memcpy(values.data() + lane * exchange.size,
-                machine.threads[first + lane].exchange->value, exchange.size);
+    std::memcpy(values.data() + lane * exchange.size, machine.threads[first + lane].exchange->value,
+                exchange.size);
   }
   for (size_t lane = 0; lane < 32; ++lane) {
     if (!(exchange.mask >> lane & 1u)) continue;

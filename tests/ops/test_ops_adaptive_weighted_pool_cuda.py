@@ -1,4 +1,4 @@
-"""CUDA kernels of adaptive_weighted_pool against the reference in float64, emulated and on a GPU."""
+"""CUDA kernels of adaptive_weighted_pool against the reference, emulated and on a GPU."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_equals_reference(cuda_kernels, dtype, channels_last, normalize):
     check(cuda_kernels, features, logits, USUAL, normalize)
 
 
-@pytest.mark.parametrize("settings", [(12.0, 2, 1, 0), (-5.0, 4, 3, 2), (0.0, 1, 1, 0), (3, 5, 7, 1)])
+@pytest.mark.parametrize(
+    "settings", [(12.0, 2, 1, 0), (-5.0, 4, 3, 2), (0.0, 1, 1, 0), (3, 5, 7, 1)]
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_any_window(cuda_kernels, settings, channels_last, normalize):
