@@ -1,6 +1,7 @@
 // Deformable RoI pooling on CUDA, forward: one launch over all levels.
 
 #include "deform_roi_pool.cuh"
+#include "layout.cuh"
 
 namespace d2det {
 namespace roi_pool {
@@ -199,9 +200,7 @@ Tensor deform_roi_pool(const std::vector<Tensor>& features, const Tensor& rois,
   std::vector<Tensor> maps = features;
   Levels table{};
   for (size_t i = 0; i < maps.size(); ++i) {
-    if (!direct && !is_channels_last(maps[i])) {
-      maps[i] = torch::stable::contiguous(maps[i], MemoryFormat::ChannelsLast);
-    }
+    if (!direct) maps[i] = to_channels_last(maps[i]);
     table.at[i] = {maps[i].const_data_ptr(), nullptr, static_cast<int32_t>(maps[i].size(2)),
                    static_cast<int32_t>(maps[i].size(3)), spatial_scales[i]};
   }

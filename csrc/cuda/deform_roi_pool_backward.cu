@@ -5,6 +5,7 @@
 
 #include "deform_roi_pool.cuh"
 #include "fixed_point.cuh"
+#include "layout.cuh"
 
 namespace d2det {
 namespace {
@@ -226,16 +227,6 @@ void launch(const Levels& levels, const Arguments<Accumulate<T>>& args, const Op
   }
 }
 
-// A tensor of the shape of `features`, channels last: one like it where that will do.
-Tensor empty_channels_last(const Tensor& features, ScalarType type) {
-  if (features.scalar_type() == type && is_channels_last(features)) {
-    return torch::stable::empty_like(features);
-  }
-  const auto sizes = features.sizes();
-  return torch::stable::empty(std::vector<int64_t>(sizes.begin(), sizes.end()), type, std::nullopt,
-                              features.device(), std::nullopt, MemoryFormat::ChannelsLast);
-}
-
 // The sums as the gradient of `features`, in its dtype and memory format.
 template <typename A>
 Tensor finish(const Tensor& features, const Tensor& sums, const Operands& operands, int64_t bins) {
@@ -248,10 +239,7 @@ Tensor finish(const Tensor& features, const Tensor& sums, const Operands& operan
                  static_cast<const Magnitude*>(operands.magnitudes.const_data_ptr()),
                  operands.tables.modulation.defined(), bins);
   }
-  if (values.scalar_type() == features.scalar_type() && is_channels_last(features)) return values;
-  Tensor grad = torch::stable::empty_like(features);
-  torch::stable::copy_(grad, values);
-  return grad;
+  return from_channels_last<A>(values, features);
 }
 
 // A tensor for a gradient in the accumulation type, contiguous.
@@ -301,9 +289,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> deform_roi_pool_backward(
     operands.features = features;
     Levels table{};
     for (size_t i = 0; i < features.size(); ++i) {
-      if (moves && !is_channels_last(features[i])) {
-        operands.features[i] = torch::stable::contiguous(features[i], MemoryFormat::ChannelsLast);
-      }
+      if (moves) operands.features[i] = to_channels_last(features[i]);
       table.at[i] = {moves ? operands.features[i].const_data_ptr() : nullptr,
                      output_mask[0] ? operands.sums[i].mutable_data_ptr() : nullptr,
                      static_cast<int32_t>(features[i].size(2)),

@@ -58,7 +58,7 @@ class FixedPoint {
   // left for the rounding of the terms and the sign.
   __device__ __forceinline__ explicit FixedPoint(double bound) {
     int exponent = 0;
-    frexp(bound, &exponent);  // bound < 2^exponent
+    frexp(fmin(bound, 1.7976931348623157e308), &exponent);  // bound < 2^exponent
     const int shift = 61 - exponent;
     // 2^shift as a product, either of which may be beyond a double's range by itself.
     up_ = ldexp(1.0, shift / 2);

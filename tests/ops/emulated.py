@@ -25,6 +25,7 @@ from d2det.ops import _library
 NAMESPACE = "d2det_emulated"
 ORDERS = ("forward", "reversed", "shuffled")
 ORDER_VARIABLE = "D2DET_EMULATOR_ORDER"
+FLAGS_VARIABLE = "D2DET_EMULATOR_FLAGS"  # further flags for the compiler, such as sanitizers
 
 _ROOT = Path(__file__).resolve().parents[2]
 _EMULATOR = _ROOT / "tests" / "cuda_emulator"
@@ -89,7 +90,7 @@ def _build(compiler: str) -> Path:
     torch_libraries = Path(torch.__file__).parent / "lib"
     link = [f"-L{torch_libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
     names = [str(o) for o in objects]
-    if failure := _run([compiler, "-shared", *names, *link], None, library):
+    if failure := _run([compiler, *flags, "-shared", *names, *link], None, library):
         pytest.fail(failure, pytrace=False)
     _remove_old(library, *objects)
     return library
@@ -104,6 +105,7 @@ def _flags() -> list[str]:
     return [
         "-std=c++20",
         "-O1",
+        *os.environ.get(FLAGS_VARIABLE, "").split(),
         "-fPIC",
         "-fvisibility=hidden",
         "-Wall",
