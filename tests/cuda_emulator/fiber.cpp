@@ -6,6 +6,10 @@
 #include <cstring>
 #include <stdexcept>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 // What a function must keep for its caller goes on the stack, then the stacks are exchanged.
 // swapcontext() would do the same, with two system calls for the signal mask.
 #if defined(__x86_64__)
@@ -93,6 +97,9 @@ void Stacks::reserve(size_t count) {
 unsigned char* Stacks::at(size_t index) { return memory_ + index * kBytes; }
 
 void prepare(Context& context, unsigned char* stack, size_t bytes, void (*entry)()) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(stack, bytes);  // of a kernel that was given up
+#endif
   const auto top = (reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t{15};
 #if defined(__x86_64__)
   // Six registers, then the address to return to; at a function's entry the stack pointer is 8
