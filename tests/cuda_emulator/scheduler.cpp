@@ -1,5 +1,6 @@
 #include "scheduler.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -133,34 +134,61 @@ uint64_t draw() {
   return machine.random >> 33;
 }
 
-void run_block(Order order) {
-  std::vector<size_t> sequence(machine.count);
+void start_threads() {
   for (size_t i = 0; i < machine.count; ++i) {
-    sequence[i] = order == Order::kReversed ? machine.count - 1 - i : i;
     Thread& thread = machine.threads[i];
     const auto x = static_cast<unsigned>(i) % blockDim.x;
     const auto rest = static_cast<unsigned>(i) / blockDim.x;
     thread = {.context = {}, .index = {x, rest % blockDim.y, rest / blockDim.y}};
     prepare(thread.context, machine.stacks.at(i), Stacks::kBytes, &thread_main);
   }
+}
+
+void shuffle(size_t* items, size_t count) {
+  for (size_t i = count; i > 1; --i) std::swap(items[i - 1], items[draw() % i]);
+}
+
+// Lets each lane of a warp go on once; whether there was one that could.
+bool run_lanes(size_t warp, Order order, size_t& done) {
+  size_t lanes[32];
+  const size_t count = std::min<size_t>(32, machine.count - 32 * warp);
+  for (size_t i = 0; i < count; ++i) lanes[i] = order == Order::kReversed ? count - 1 - i : i;
+  if (order == Order::kShuffled) shuffle(lanes, count);
+  bool moved = false;
+  for (size_t lane = 0; lane < count; ++lane) {
+    const size_t i = 32 * warp + lanes[lane];
+    Thread& thread = machine.threads[i];
+    if (thread.state != State::kReady) continue;
+    moved = true;
+    machine.current = i;
+    threadIdx = thread.index;
+    switch_to(machine.scheduler, thread.context);
+    done += thread.state == State::kDone;
+    if (!machine.error.empty()) break;
+  }
+  return moved;
+}
+
+// A warp runs as far ahead of the others as barriers let it, so that what it does too early shows;
+// in shuffled order it stops at random.
+void run_block(Order order) {
+  start_threads();
   std::memset(machine.shared, kGarbage, machine.shared_bytes);
+  std::vector<size_t> warps((machine.count + 31) / 32);
+  for (size_t i = 0; i < warps.size(); ++i) {
+    warps[i] = order == Order::kReversed ? warps.size() - 1 - i : i;
+  }
   size_t done = 0;
   while (done < machine.count && machine.error.empty()) {
-    if (order == Order::kShuffled) {
-      for (size_t i = machine.count; i > 1; --i) std::swap(sequence[i - 1], sequence[draw() % i]);
-    }
+    if (order == Order::kShuffled) shuffle(warps.data(), warps.size());
     bool moved = false;
-    for (const size_t i : sequence) {
-      Thread& thread = machine.threads[i];
-      if (thread.state != State::kReady) continue;
-      moved = true;
-      machine.current = i;
-      threadIdx = thread.index;
-      switch_to(machine.scheduler, thread.context);
-      done += thread.state == State::kDone;
-      if (!machine.error.empty()) return;
+    for (const size_t warp : warps) {
+      while (machine.error.empty() && run_lanes(warp, order, done)) {
+        moved = true;
+        if (order == Order::kShuffled && draw() % 4 == 0) break;
+      }
     }
-    if (!moved) release_barrier();
+    if (!moved && machine.error.empty()) release_barrier();
   }
 }
 

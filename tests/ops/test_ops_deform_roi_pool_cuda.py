@@ -26,8 +26,11 @@ def make(
     convention: str = "aligned",
     moved: bool = True,
 ) -> tuple[Any, ...]:
-    """Arguments of the operator: RoIs inside, across borders, outside, tiny, inverted."""
-    features = [torch.randn(images, channels, h, w) for h, w in ((24, 30), (12, 15), (6, 8))]
+    """Arguments of the operator: RoIs inside, across borders, outside, tiny, inverted.
+
+    With six RoIs or more the maps are pooled channels last; with few they are read as they are.
+    """
+    features = [torch.randn(images, channels, h, w) for h, w in ((14, 18), (7, 9), (4, 5))]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = [f.to(dtype).contiguous(memory_format=layout) for f in features]
     boxes = torch.tensor(
@@ -44,7 +47,7 @@ def make(
         ]
     ).repeat(1 + rois // 9, 1)[:rois]
     image = torch.arange(rois) % images
-    boxes = torch.cat([image[:, None].float(), boxes], 1).to(dtype)
+    boxes = torch.cat([image[:, None].float(), 0.6 * boxes], 1).to(dtype)
     levels = torch.arange(rois) % 3
     offset = torch.randn(rois, 2, side, side).to(dtype) if moved else None
     modulation = torch.rand(rois, 1, side, side).to(dtype) if moved else None
@@ -120,7 +123,7 @@ def test_equals_reference(cuda_kernels, dtype, channels_last, convention):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_any_number_of_channels(cuda_kernels, channels, channels_last, dtype):
-    check(cuda_kernels, make(dtype, channels=channels, channels_last=channels_last, rois=4))
+    check(cuda_kernels, make(dtype, channels=channels, channels_last=channels_last, rois=6))
 
 
 @pytest.mark.parametrize("side", [1, 7])
@@ -136,10 +139,10 @@ def test_many_points(cuda_kernels):
 
 
 def test_few_rois_on_large_maps(cuda_kernels):
-    """Where the maps are not copied; with one more condition: they are contiguous."""
-    args = make(torch.float32, rois=1, side=2, points=1)
-    check(cuda_kernels, args)
-    check(cuda_kernels, (list(reversed(args[0])), args[1], args[2], *args[3:]))
+    """Where the maps are not copied."""
+    for dtype in TOLERANCE:
+        check(cuda_kernels, make(dtype, 40, rois=2, side=2))
+    check(cuda_kernels, make(torch.float32, rois=2, convention="psroi", moved=False))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -149,8 +152,10 @@ def test_deterministic(cuda_kernels, dtype, channels_last):
 
 
 def test_every_order_of_threads(emulated, order):
-    check((emulated, torch.device("cpu")), make(torch.float16, 24, rois=3))
-    check((emulated, torch.device("cpu")), make(torch.float32, 4, True, rois=3), True)
+    check((emulated, torch.device("cpu")), make(torch.float16, 24, rois=6))
+    check((emulated, torch.device("cpu")), make(torch.float32, 4, True, rois=6), True)
+    check((emulated, torch.device("cpu")), make(torch.float32, 132, rois=6, points=1, side=7))
+    check((emulated, torch.device("cpu")), make(torch.float32, 20, rois=2))
 
 
 def test_deterministic_does_not_depend_on_the_order(emulated, monkeypatch):
