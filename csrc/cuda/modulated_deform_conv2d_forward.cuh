@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const int32_t group = blockIdx.y;
   const int64_t first_pixel = static_cast<int64_t>(blockIdx.x / output_tiles) * Tile::kPixels;
   const int32_t first_output = static_cast<int32_t>(blockIdx.x % output_tiles) * Tile::kOutputs;
-  const int64_t first_image = first_pixel / p.image_pixels();
+  const int64_t first_image = p.image_of(first_pixel);
   const Column* const images = input + first_image * p.height * p.width * p.channels;
   const int32_t first_tap = blockIdx.z * taps_per_split;
   const int32_t last_tap = min(first_tap + taps_per_split, p.taps());

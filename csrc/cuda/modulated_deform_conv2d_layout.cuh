@@ -72,6 +72,41 @@ __global__ void rows_from_images_kernel(const From* __restrict__ from, To* __res
   }
 }
 
+// Images of `channels`, NCHW or channels-last, from rows (images * pixels, row_channels): the way
+// back, without the padding. Same grid, with tiles of the images' channels.
+template <typename From, typename To>
+__global__ void images_from_rows_kernel(const From* __restrict__ from, To* __restrict__ to,
+                                        int64_t images, int64_t pixels, int32_t channels,
+                                        int32_t row_channels, Cells cells, bool channels_last) {
+  __shared__ To tile[kTransposeSide][kTransposeSide + 1];
+  const int lane = threadIdx.x % kTransposeSide, first = threadIdx.x / kTransposeSide;
+  const int64_t pixel0 = static_cast<int64_t>(blockIdx.x) * kTransposeSide;
+  const int32_t channel0 = blockIdx.y * kTransposeSide;
+  for (int64_t image = blockIdx.z; image < images; image += gridDim.z) {
+    __syncthreads();
+    for (int i = first; i < kTransposeSide; i += kTransposeRows) {
+      const int64_t pixel = pixel0 + i;
+      const int32_t channel = channel0 + lane;
+      if (pixel >= pixels || channel >= channels) continue;
+      const To value = from_float<To>(static_cast<Accumulate<To>>(
+          from[(image * pixels + pixel) * row_channels + cells.target(channel)]));
+      if (channels_last) {
+        to[(image * pixels + pixel) * channels + channel] = value;
+      } else {
+        tile[i][lane] = value;
+      }
+    }
+    if (channels_last) continue;
+    __syncthreads();
+    for (int i = first; i < kTransposeSide; i += kTransposeRows) {
+      const int64_t pixel = pixel0 + lane;
+      const int32_t channel = channel0 + i;
+      if (pixel >= pixels || channel >= channels) continue;
+      to[(image * channels + channel) * pixels + pixel] = tile[lane][i];
+    }
+  }
+}
+
 // How the weights of torch, (out, in / source_groups, taps), lie in those of the kernels.
 struct WeightLayout {
   int32_t taps, groups, group_out, group_in;  // group_in: padded

@@ -197,6 +197,23 @@ struct ExactMath : MathTypes<T, T> {
   }
 };
 
+// A unit of a tile or a row as numbers to calculate with.
+template <int kUnit, typename Column>
+__device__ __forceinline__ void widen(const Vector<Column, kUnit>& from,
+                                      Accumulate<Column> (&to)[kUnit]) {
+  if constexpr (sizeof(Column) == 2) {
+    uint4 words;
+    memcpy(&words, &from, sizeof(words));
+    unpack_pair(words.x, to[0], to[1], Column());
+    unpack_pair(words.y, to[2], to[3], Column());
+    unpack_pair(words.z, to[4], to[5], Column());
+    unpack_pair(words.w, to[6], to[7], Column());
+  } else {
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) to[e] = from.data[e];
+  }
+}
+
 // One unit of channels at the four corners, on its way from global memory to a tile.
 template <typename Math>
 struct Samples {
@@ -219,21 +236,6 @@ struct Samples {
     for (int i = 0; i < 4; ++i) corner[i] = Vector<Column, kUnit>{};
   }
 
-  // The values at corner `i`, widened.
-  __device__ __forceinline__ void values(int i, Sum (&out)[kUnit]) const {
-    if constexpr (sizeof(Column) == 2) {
-      uint4 words;
-      memcpy(&words, &corner[i], sizeof(words));
-      unpack_pair(words.x, out[0], out[1], Column());
-      unpack_pair(words.y, out[2], out[3], Column());
-      unpack_pair(words.z, out[4], out[5], Column());
-      unpack_pair(words.w, out[6], out[7], Column());
-    } else {
-#pragma unroll
-      for (int e = 0; e < kUnit; ++e) out[e] = corner[i].data[e];
-    }
-  }
-
   // The weighted sum, rounded, to 16 bytes of a tile.
   __device__ __forceinline__ void store(const Corners<Sum>& corners, unsigned char* to) const {
     Sum total[kUnit];
@@ -242,7 +244,7 @@ struct Samples {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Sum value[kUnit];
-      values(i, value);
+      widen<kUnit>(corner[i], value);
       const Sum weight = corners.weight[i];
 #pragma unroll
       for (int e = 0; e < kUnit; ++e) total[e] += weight * value[e];
