@@ -4,6 +4,7 @@
 #include "modulated_deform_conv2d_grad_samples.cuh"
 #include "modulated_deform_conv2d_grad_weight.cuh"
 #include "modulated_deform_conv2d_plan.cuh"
+#include "modulated_deform_conv2d_scatter.cuh"
 
 namespace d2det {
 namespace {
@@ -72,7 +73,6 @@ template <typename Math, typename Storage>
 class InputSums {
  public:
   using Sum = typename Math::Sum;
-  using Pass = typename InputGradient<Sum>::Pass;
 
   InputSums(const ConvPlan& plan, const Operands& operands, const Tensor& weight, bool masked,
             bool deterministic, Tensor& result)
@@ -87,28 +87,21 @@ class InputSums {
       sums_ = torch::stable::new_zeros(result, sizes,
                                        deterministic ? ScalarType::Long : kScalarType<Sum>);
     }
-    gradient_ = {};
-    gradient_.pass = deterministic ? Pass::kFixedPoint : Pass::kSum;
     if (deterministic) {
-      gradient_.units = static_cast<unsigned long long*>(sums_.mutable_data_ptr());
+      fixed_.units = static_cast<unsigned long long*>(sums_.mutable_data_ptr());
       const auto keep = [&](Tensor magnitude) {
         magnitudes_.push_back(magnitude);
         return static_cast<const Magnitude*>(magnitude.const_data_ptr());
       };
-      gradient_.grad = keep(measure<typename Math::Column>(operands.grad));
-      gradient_.weight = keep(measure<typename Math::Column>(weight));
-      gradient_.offset = keep(measure_coordinates<Storage>(operands.offset));
-      if (masked) gradient_.mask = keep(measure_coordinates<Storage>(operands.mask));
-    } else {
-      gradient_.sums = static_cast<Sum*>(sums_.mutable_data_ptr());
+      fixed_.grad = keep(measure<typename Math::Column>(operands.grad));
+      fixed_.weight = keep(measure<typename Math::Column>(weight));
+      fixed_.offset = keep(measure_coordinates<Storage>(operands.offset));
+      if (masked) fixed_.mask = keep(measure_coordinates<Storage>(operands.mask));
     }
   }
 
-  InputGradient<Sum> gradient(Pass pass) const {
-    InputGradient<Sum> result = gradient_;
-    if (pass == Pass::kPoison) result.pass = pass;
-    return result;
-  }
+  const FixedPointSums& fixed() const { return fixed_; }
+  Sum* sums() const { return static_cast<Sum*>(sums_.mutable_data_ptr()); }
 
   void finish() {
     if (in_place_) return;
@@ -116,7 +109,7 @@ class InputSums {
     if (deterministic_) {
       numbers = torch::stable::new_empty(result_, {sums_.size(0), sums_.size(1)}, kScalarType<Sum>);
       D2DET_LAUNCH((numbers_from_units_kernel<Sum>), grid_for(sums_.numel(), 256), 256, 0,
-                   current_stream(result_), plan_.problem, gradient_,
+                   current_stream(result_), plan_.problem, fixed_,
                    static_cast<Sum*>(numbers.mutable_data_ptr()), sums_.numel());
     }
     store_images<Sum, Storage>(plan_, numbers, result_);
@@ -127,7 +120,7 @@ class InputSums {
   bool deterministic_, in_place_;
   Tensor& result_;
   Tensor sums_;
-  InputGradient<Sum> gradient_;
+  FixedPointSums fixed_{};
   std::vector<Tensor> magnitudes_;
 };
 
@@ -149,13 +142,12 @@ void launch_column_gradient(const ConvProblem& p, const Operands& operands, cons
                static_cast<int32_t>(channel_tiles));
 }
 
-template <typename Math>
+// kInput: the input's gradient in fixed point; else those of offset and mask.
+template <typename Math, bool kInput>
 void launch_samples(const ConvProblem& p, const Operands& operands, const Tensor& columns,
-                    const InputGradient<typename Math::Sum>& input, const Coordinates& grad_offset,
+                    const FixedPointSums& input, const Coordinates& grad_offset,
                     const Coordinates& grad_mask, PixelRange range) {
   using Column = typename Math::Column;
-  using Pass = typename InputGradient<typename Math::Sum>::Pass;
-  const bool motion = grad_offset.data || grad_mask.data;
   const int64_t tiles = ceil_div(range.end - range.begin, kSamplePixels);
   // Taps in one block find each other's pixels in its cache; few tiles share the GPU by taps.
   const int64_t wanted = int64_t{8} * multiprocessor_count(columns);
@@ -165,19 +157,36 @@ void launch_samples(const ConvProblem& p, const Operands& operands, const Tensor
               "offset has too many groups or pixels");
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min(parts, kMaxGridY)),
                   static_cast<unsigned>(p.offset_groups));
-  const auto launch = [&](auto kernel) {
-    D2DET_LAUNCH(kernel, grid, kSampleThreads, 0, current_stream(columns), p,
-                 static_cast<const Column*>(operands.input.const_data_ptr()),
-                 static_cast<const Column*>(columns.const_data_ptr()), operands.offset_at,
-                 operands.mask_at, input, grad_offset, grad_mask, range);
-  };
-  if (input.pass == Pass::kNone) {
-    launch(&sample_gradient_kernel<Math, false, true>);
-  } else if (motion) {
-    launch(&sample_gradient_kernel<Math, true, true>);
-  } else {
-    launch(&sample_gradient_kernel<Math, true, false>);
-  }
+  D2DET_LAUNCH((sample_gradient_kernel<Math, kInput>), grid, kSampleThreads, 0,
+               current_stream(columns), p,
+               static_cast<const Column*>(operands.input.const_data_ptr()),
+               static_cast<const Column*>(columns.const_data_ptr()), operands.offset_at,
+               operands.mask_at, input, grad_offset, grad_mask, range);
+}
+
+template <typename Math>
+void launch_scatter(const ConvProblem& p, const Operands& operands, const Tensor& columns,
+                    typename Math::Sum* sums, int64_t first_image, int64_t images) {
+  using Column = typename Math::Column;
+  using Sum = typename Math::Sum;
+  const int64_t tiles =
+      ceil_div(p.out_width, kScatterSide) * ceil_div(p.out_height, kScatterSide) * images;
+  D2DET_CHECK(tiles <= std::numeric_limits<int32_t>::max() && p.offset_groups <= kMaxGridY &&
+                  images * p.image_pixels() * p.taps() <= std::numeric_limits<int32_t>::max(),
+              "offset has too many groups or pixels");
+  // A block's sorting serves all of its channels; few tiles share the GPU by channels.
+  constexpr int32_t kStep = 8 * Math::kUnit;
+  const int64_t steps = ceil_div(p.channels_per_offset_group, kStep);
+  const int64_t wanted = int64_t{4} * multiprocessor_count(columns);
+  const int64_t parts =
+      std::min(steps, ceil_div(wanted, std::max<int64_t>(1, tiles * p.offset_groups)));
+  const int32_t channels = static_cast<int32_t>(ceil_div(steps, parts)) * kStep;
+  const dim3 grid(static_cast<unsigned>(tiles),
+                  static_cast<unsigned>(ceil_div(p.channels_per_offset_group, channels)),
+                  static_cast<unsigned>(p.offset_groups));
+  D2DET_LAUNCH((scatter_kernel<Math>), grid, kScatterThreads, sizeof(ScatterShared<Sum>),
+               current_stream(columns), p, static_cast<const Column*>(columns.const_data_ptr()),
+               operands.offset_at, operands.mask_at, sums, first_image, channels);
 }
 
 using LargeProduct = ProductTile<128, 128, 2, 4>;
@@ -188,7 +197,6 @@ void run_samples(const ConvPlan& plan, const ConvArguments& a, const Operands& o
                  const Wanted& wanted, bool deterministic, Gradients& result) {
   using Column = typename Math::Column;
   using Sum = typename Math::Sum;
-  using Pass = typename InputGradient<Sum>::Pass;
   const ConvProblem& p = plan.problem;
   const Tensor weight = packed_weights<Math, Storage, true>(plan, a.weight, operands.row_out);
   std::optional<InputSums<Math, Storage>> sums;
@@ -210,24 +218,25 @@ void run_samples(const ConvPlan& plan, const ConvArguments& a, const Operands& o
   const int64_t step = std::clamp<int64_t>(kColumnBytes / image_bytes, 1, p.images);
   Tensor columns =
       torch::stable::new_empty(operands.input, {step * p.image_pixels(), row}, kScalarType<Column>);
-  const int passes = wanted.input && deterministic ? 2 : 1;
-  for (int pass = 0; pass < passes; ++pass) {
-    for (int64_t image = 0; image < p.images; image += step) {
-      const PixelRange range{image * p.image_pixels(),
-                             std::min(image + step, p.images) * p.image_pixels()};
-      // The last columns of the first pass are there still for the second if there are no others.
-      if (pass == 0 || step < p.images) {
-        if (!plan.tensor_cores || p.group_in <= 64) {
-          launch_column_gradient<Math, SmallProduct>(p, operands, weight, columns, range);
-        } else if constexpr (!std::is_same_v<Math, ExactMath<Sum>>) {
-          launch_column_gradient<Math, LargeProduct>(p, operands, weight, columns, range);
-        }
+  for (int64_t image = 0; image < p.images; image += step) {
+    const int64_t images = std::min(step, p.images - image);
+    const PixelRange range{image * p.image_pixels(), (image + images) * p.image_pixels()};
+    if (!plan.tensor_cores || p.group_in <= 64) {
+      launch_column_gradient<Math, SmallProduct>(p, operands, weight, columns, range);
+    } else if constexpr (!std::is_same_v<Math, ExactMath<Sum>>) {
+      launch_column_gradient<Math, LargeProduct>(p, operands, weight, columns, range);
+    }
+    if (wanted.offset || wanted.mask) {
+      launch_samples<Math, false>(p, operands, columns, {}, offset_to, mask_to, range);
+    }
+    if (sums && !deterministic) {
+      launch_scatter<Math>(p, operands, columns, sums->sums(), image, images);
+    } else if (sums) {
+      for (const auto pass : {FixedPointSums::Pass::kSum, FixedPointSums::Pass::kPoison}) {
+        FixedPointSums to = sums->fixed();
+        to.pass = pass;
+        launch_samples<Math, true>(p, operands, columns, to, none, none, range);
       }
-      InputGradient<Sum> to{};
-      to.pass = Pass::kNone;
-      if (sums) to = sums->gradient(pass == 0 ? Pass::kSum : Pass::kPoison);
-      launch_samples<Math>(p, operands, columns, to, pass == 0 ? offset_to : none,
-                           pass == 0 ? mask_to : none, range);
     }
   }
   if (sums) sums->finish();

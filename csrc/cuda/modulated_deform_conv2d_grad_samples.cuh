@@ -9,13 +9,11 @@
 
 namespace d2det {
 
-// Where the input's gradient is added up: rows of channels, all of them zero at first.
-template <typename Sum>
-struct InputGradient {
-  enum class Pass : int32_t { kNone, kSum, kFixedPoint, kPoison };
+// Where the input's gradient is added up in deterministic mode, and what bounds its terms.
+struct FixedPointSums {
+  enum class Pass : int32_t { kSum, kPoison };  // see fixed_point.cuh
   Pass pass;
-  Sum* sums;                                       // kSum
-  unsigned long long* units;                       // kFixedPoint, kPoison
+  unsigned long long* units;
   const Magnitude *grad, *weight, *offset, *mask;  // mask: null for ones
 
   // No sum exceeds the number of its terms times the largest column gradient; twice that leaves
@@ -35,42 +33,34 @@ constexpr int kSampleLanes = 8, kSampleThreads = 256;
 constexpr int kSamplePixels = kSampleThreads / kSampleLanes;
 
 template <typename Sum, int kUnit>
-__device__ __forceinline__ void add_to_input(const InputGradient<Sum>& to, const FixedPoint& scale,
-                                             int64_t index, const Sum (&gradient)[kUnit],
-                                             Sum weight) {
-  using Pass = typename InputGradient<Sum>::Pass;
-  if (to.pass == Pass::kSum) {
-    Sum values[kUnit];
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) values[e] = weight * gradient[e];
-    atomic_add_vector<kUnit>(to.sums + index, values);
-    return;
-  }
+__device__ __forceinline__ void add_in_fixed_point(const FixedPointSums& to,
+                                                   const FixedPoint& scale, int64_t index,
+                                                   const Sum (&gradient)[kUnit], Sum weight) {
   for (int e = 0; e < kUnit; ++e) {
     const double value = static_cast<double>(weight * gradient[e]);
     const bool finite = fabs(value) <= 1.7976931348623157e308;
-    if (to.pass == Pass::kFixedPoint && finite) scale.add(to.units + index + e, value);
-    if (to.pass == Pass::kPoison && !finite) FixedPoint::poison(to.units + index + e);
+    if (to.pass == FixedPointSums::Pass::kSum && finite) scale.add(to.units + index + e, value);
+    if (to.pass == FixedPointSums::Pass::kPoison && !finite) {
+      FixedPoint::poison(to.units + index + e);
+    }
   }
 }
 
 // Grid: x: tiles of kSamplePixels pixels of the range; y: taps, with a stride; z: offset groups.
 // grad_offset and grad_mask: data is null where they are not asked for.
-template <typename Math, bool kInput, bool kMotion>
+// kInput: adds to grad_input, and nothing else.
+template <typename Math, bool kInput>
 __global__ void __launch_bounds__(kSampleThreads)
     sample_gradient_kernel(const ConvProblem p, const typename Math::Column* __restrict__ input,
                            const typename Math::Column* __restrict__ columns,
                            const Coordinates offset, const Coordinates mask,
-                           const InputGradient<typename Math::Sum> grad_input,
-                           const Coordinates grad_offset, const Coordinates grad_mask,
-                           PixelRange range) {
+                           const FixedPointSums grad_input, const Coordinates grad_offset,
+                           const Coordinates grad_mask, PixelRange range) {
   using Column = typename Math::Column;
   using Sum = typename Math::Sum;
-  using Pass = typename InputGradient<Sum>::Pass;
   constexpr int kUnit = Math::kUnit;
-  if (kInput && grad_input.pass == Pass::kPoison && grad_input.all_finite()) return;
-  const bool fixed = kInput && grad_input.pass == Pass::kFixedPoint;
-  const FixedPoint scale(fixed ? grad_input.bound(p) : 0.0);
+  if (kInput && grad_input.pass == FixedPointSums::Pass::kPoison && grad_input.all_finite()) return;
+  const FixedPoint scale(kInput ? grad_input.bound(p) : 0.0);
   const int lane = threadIdx.x % kSampleLanes;
   const int64_t index =
       range.begin + static_cast<int64_t>(blockIdx.x) * kSamplePixels + threadIdx.x / kSampleLanes;
@@ -103,7 +93,7 @@ __global__ void __launch_bounds__(kSampleThreads)
       Sum gradient[kUnit];
       widen<kUnit>(load_constant<kUnit>(from + channel), gradient);
       Vector<Column, kUnit> corner[4];
-      if constexpr (kMotion) {
+      if constexpr (!kInput) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) corner[i] = load_constant<kUnit>(input + rows[i] + channel);
       }
@@ -113,11 +103,11 @@ __global__ void __launch_bounds__(kSampleThreads)
           // What lies outside of the map is clamped to a pixel that is owed nothing.
           const Sum weight = weights[i] * motion.mask;
           if (weight != Sum(0)) {
-            add_to_input<Sum, kUnit>(grad_input, scale, rows[i] + channel, gradient, weight);
+            add_in_fixed_point<Sum, kUnit>(grad_input, scale, rows[i] + channel, gradient, weight);
           }
         }
       }
-      if constexpr (kMotion) {
+      if constexpr (!kInput) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           Sum value[kUnit];
@@ -127,7 +117,7 @@ __global__ void __launch_bounds__(kSampleThreads)
         }
       }
     }
-    if constexpr (kMotion) {
+    if constexpr (!kInput) {
       const Sum slopes_y[2] = {axes.y.slope_low, axes.y.slope_high};
       const Sum slopes_x[2] = {axes.x.slope_low, axes.x.slope_high};
       Sum by_mask = 0, by_y = 0, by_x = 0;
@@ -158,7 +148,7 @@ __global__ void __launch_bounds__(kSampleThreads)
 
 // The sums of 64-bit integers as numbers, in place of them.
 template <typename Sum>
-__global__ void numbers_from_units_kernel(const ConvProblem p, const InputGradient<Sum> gradient,
+__global__ void numbers_from_units_kernel(const ConvProblem p, const FixedPointSums gradient,
                                           Sum* numbers, int64_t count) {
   const FixedPoint scale(gradient.bound(p));
   D2DET_GRID_STRIDE(i, count) { numbers[i] = static_cast<Sum>(scale.value(gradient.units[i])); }
