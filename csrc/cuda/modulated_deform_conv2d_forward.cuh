@@ -17,9 +17,9 @@ struct ForwardTile {
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kMinBlocks = kBlocksPerMultiprocessor;
   static constexpr int kM = kPixels / kWarpsM / 16, kN = kOutputs / kWarpsN / 8;
   static constexpr int kGathers = kPixels * kRowUnits / kThreads;  // units of each thread
-  static constexpr int kCopies = kOutputs * kRowUnits / kThreads;
   static constexpr int kStageBytes = (kPixels + kOutputs) * kRowBytes;
-  static_assert(kM >= 1 && kN >= 2 && kGathers >= 1 && kCopies >= 1 && kPixels <= kThreads);
+  static_assert(kM >= 1 && kN >= 2 && kGathers >= 1 && kOutputs * kRowUnits >= kThreads &&
+                kPixels <= kThreads);
 };
 
 // One element of padding keeps pixels on different banks when read down a column; channels-last
@@ -155,19 +155,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const int32_t group = blockIdx.y;
   const int64_t first_pixel = static_cast<int64_t>(blockIdx.x / output_tiles) * Tile::kPixels;
   const int32_t first_output = static_cast<int32_t>(blockIdx.x % output_tiles) * Tile::kOutputs;
-  const int64_t first_image = p.image_of(first_pixel);
-  const Column* const images = input + first_image * p.height * p.width * p.channels;
+  const Column* const images = input + p.image_of(first_pixel) * p.height * p.width * p.channels;
   const int32_t first_tap = blockIdx.z * taps_per_split;
   const int32_t last_tap = min(first_tap + taps_per_split, p.taps());
 
   const bool has_pixel = thread < Tile::kPixels;
-  const OutputPixel pixel(p, first_pixel + (has_pixel ? thread : 0));
+  // Where the pixel lies is found anew for each tap, which is rare, rather than kept in registers.
   Motion<Sum> motion;
   const auto load_motion = [&](const Cursor& at) {
+    const OutputPixel pixel(p, first_pixel + opaque(thread));
     motion.load(p, pixel, offset, mask, at.tap, at.channel / p.channels_per_offset_group);
   };
   const auto set_corners = [&](const Cursor& at) {
-    corners[at.segment % 2 * Tile::kPixels + thread].set(p, pixel, first_image, at.tap, motion);
+    const OutputPixel pixel(p, first_pixel + opaque(thread));
+    corners[at.segment % 2 * Tile::kPixels + thread].set(p, pixel, p.image_of(first_pixel), at.tap,
+                                                         motion);
   };
 
   // A thread always moves the same unit of rows that are kThreads / 8 apart.
@@ -188,18 +190,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     samples.store(corners[at.segment % 2 * Tile::kPixels + row],
                   columns + stage * Tile::kPixels * kRowBytes + unit_offset(row, unit));
   };
+  const int32_t outputs_left = p.group_out - first_output - row0;
   const auto copy_weights = [&](const Cursor& at, int stage) {
     unsigned char* const to = weights + stage * Tile::kOutputs * kRowBytes;
     const int32_t channel = at.channel + unit * Math::kUnit;
-    const int64_t first_row = (static_cast<int64_t>(group) * p.taps() + at.tap) * p.group_out;
+    const int64_t row =
+        (static_cast<int64_t>(group) * p.taps() + at.tap) * p.group_out + first_output + row0;
+    const Column* const from = weight + row * p.group_in + (channel - group * p.group_in);
 #pragma unroll
-    for (int i = 0; i < Tile::kCopies; ++i) {
-      const int row = row0 + i * kRowStep;
-      const int32_t output = first_output + row;
-      const bool valid = output < p.group_out && channel < at.end;
-      const Column* const from =
-          weight + (first_row + output) * p.group_in + channel - group * p.group_in;
-      copy_async(to + unit_offset(row, unit), valid ? from : weight, valid);
+    for (int i = 0; i < Tile::kOutputs; i += kRowStep) {
+      const bool valid = i < outputs_left && channel < at.end;
+      copy_async(to + unit_offset(row0 + i, unit),
+                 valid ? from + static_cast<int64_t>(i) * p.group_in : weight, valid);
     }
     commit_copies();
   };

@@ -16,9 +16,9 @@ struct ProductTile {
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kStages = 3;
   static constexpr int kM = kPixels / kWarpsM / 16, kN = kChannels / kWarpsN / 8;
   static constexpr int kRows = kPixels + kChannels;
-  static constexpr int kCopies = kRows * kRowUnits / kThreads;
   static constexpr int kStageBytes = kRows * kRowBytes;
-  static_assert(kM >= 1 && kN >= 2 && kRows * kRowUnits % kThreads == 0);
+  static_assert(kM >= 1 && kN >= 2 && kPixels * kRowUnits % kThreads == 0 &&
+                kChannels * kRowUnits % kThreads == 0);
 };
 
 template <typename Math, typename Tile>
@@ -57,22 +57,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   const int unit = thread % kRowUnits, row0 = thread / kRowUnits;
   constexpr int kRowStep = Tile::kThreads / kRowUnits;
   const int32_t steps = (row_out + Math::kChunk - 1) / Math::kChunk;
-  const int64_t weight_row = (static_cast<int64_t>(group) * p.taps() + tap) * p.group_in;
+  // The first of this thread's rows in either; the others follow at a constant distance.
+  const int64_t grad_row = (first_pixel + row0) * p.groups + group;
+  const int64_t weight_row =
+      (static_cast<int64_t>(group) * p.taps() + tap) * p.group_in + first_channel + row0;
+  const Column* const grad_from = grad + grad_row * row_out + unit * Math::kUnit;
+  const Column* const weight_from = weight + weight_row * row_out + unit * Math::kUnit;
+  const int32_t pixels_left =
+      static_cast<int32_t>(min(range.end - first_pixel, static_cast<int64_t>(Tile::kPixels)));
+  const int32_t channels_left = p.group_in - first_channel;
   const auto copy = [&](int32_t step) {
     if (step < steps) {
       unsigned char* const to = shared + step % Tile::kStages * Tile::kStageBytes;
-      const int32_t output = step * Math::kChunk + unit * Math::kUnit;
+      const int32_t output = step * Math::kChunk;
+      const bool inside = output + unit * Math::kUnit < row_out;
 #pragma unroll
-      for (int i = 0; i < Tile::kCopies; ++i) {
-        const int row = row0 + i * kRowStep;
-        const int32_t channel = first_channel + row - Tile::kPixels;
-        const bool of_grad = row < Tile::kPixels;
-        const bool valid =
-            output < row_out && (of_grad ? first_pixel + row < range.end : channel < p.group_in);
+      for (int row = row0; row < Tile::kPixels + row0; row += kRowStep) {
+        const bool valid = inside && row < pixels_left;
         const Column* const from =
-            of_grad ? grad + ((first_pixel + row) * p.groups + group) * row_out + output
-                    : weight + (weight_row + channel) * row_out + output;
+            grad_from + static_cast<int64_t>(row - row0) * p.groups * row_out + output;
         copy_async(to + unit_offset(row, unit), valid ? from : weight, valid);
+      }
+#pragma unroll
+      for (int row = row0; row < Tile::kChannels + row0; row += kRowStep) {
+        const bool valid = inside && row < channels_left;
+        const Column* const from =
+            weight_from + static_cast<int64_t>(row - row0) * row_out + output;
+        copy_async(to + unit_offset(Tile::kPixels + row, unit), valid ? from : weight, valid);
       }
     }
     commit_copies();

@@ -63,25 +63,26 @@ struct TensorMath
                                                   int unit) {
     static_assert(kN % 2 == 0);
     const int lane = threadIdx.x % 32;
-    FragmentA a[kM];
+    // All of B is held, and A comes in one block of rows after the other: fewer registers.
+    uint32_t b[kN / 2][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      const int row = a_row + 16 * m + lane % 16;
-      load_matrices(a[m].word, a_tile + unit_offset(row, unit + lane / 16));
-      if constexpr (kRoundA) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[m].word[i] = rounded_word(a[m].word[i]);
-      }
+    for (int n = 0; n < kN / 2; ++n) {
+      const int row = b_row + 16 * n + lane % 8 + lane / 16 * 8;
+      load_matrices(b[n], b_tile + unit_offset(row, unit + lane / 8 % 2));
     }
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t words[4];
-      const int row = b_row + 8 * n + lane % 8 + lane / 16 * 8;
-      load_matrices(words, b_tile + unit_offset(row, unit + lane / 8 % 2));
+    for (int m = 0; m < kM; ++m) {
+      FragmentA a;
+      const int row = a_row + 16 * m + lane % 16;
+      load_matrices(a.word, a_tile + unit_offset(row, unit + lane / 16));
+      if constexpr (kRoundA) {
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        matrix_multiply(sum[m][n], a[m], FragmentB{{words[0], words[1]}}, Element());
-        matrix_multiply(sum[m][n + 1], a[m], FragmentB{{words[2], words[3]}}, Element());
+        for (int i = 0; i < 4; ++i) a.word[i] = rounded_word(a.word[i]);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const FragmentB column{{b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]}};
+        matrix_multiply(sum[m][n], a, column, Element());
       }
     }
   }

@@ -129,6 +129,7 @@ inline ConvPlan make_plan(const ConvArguments& a, bool allow_tf32) {
   p.groups = static_cast<int32_t>(source_groups / merged);
   p.group_in = static_cast<int32_t>(merged * source_in / size * padded);
   p.group_out = static_cast<int32_t>(merged * source_out);
+  p.images_per_pixel = 1.0 / (static_cast<double>(sizes[0]) * static_cast<double>(sizes[1]));
   // The kernels count pixels within a tile's images, and positions, in 32 bits.
   const int64_t tile_images = kMaxTilePixels / (sizes[0] * sizes[1]) + 2;
   const int64_t limit = std::numeric_limits<int32_t>::max();

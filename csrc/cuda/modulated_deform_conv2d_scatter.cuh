@@ -68,7 +68,7 @@ __device__ __forceinline__ void scan_bins(ScatterShared<Sum>& shared) {
 // Grid: x: tiles of kScatterSide x kScatterSide output pixels of the images from `first_image` on;
 // y: parts of the channels; z: offset groups. columns: from the first pixel of `first_image` on.
 template <typename Math>
-__global__ void __launch_bounds__(kScatterThreads)
+__global__ void __launch_bounds__(kScatterThreads, 3)
     scatter_kernel(const ConvProblem p, const typename Math::Column* __restrict__ columns,
                    const Coordinates offset, const Coordinates mask,
                    typename Math::Sum* __restrict__ grad_input, int64_t first_image,

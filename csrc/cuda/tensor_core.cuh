@@ -86,6 +86,13 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kStillRunning) : "memory");
 }
 
+// The same value, of which the compiler forgets where it came from: what is computed from it is
+// computed where it is used, and not kept in registers from outside of a loop.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 __device__ __forceinline__ float round_to_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
@@ -185,6 +192,8 @@ inline void wait_for_copies() {
     groups.erase(groups.begin());
   }
 }
+
+inline int opaque(int value) { return value; }
 
 inline float round_to_tf32(float value) {  // to nearest, ties away from zero
   const uint32_t bits = __float_as_uint(value);
