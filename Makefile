@@ -15,7 +15,7 @@ VENV_PYTHON := .venv/bin/python
 CHOSEN := $(if $(filter file,$(origin PYTHON)),,--interpreter-chosen)
 SETUP = $(PYTHON) tools/setup_env.py $(CHOSEN)
 OUTPUT ?= output/quickstart
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CSRC := $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.cu*' -o -name '*.h')
 CLANG_FORMAT = $(VENV_PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
 .PHONY: demo test lint bench setup clean distclean

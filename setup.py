@@ -90,7 +90,11 @@ def extension_arguments() -> dict[str, Any]:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
         headers = toolchain.cuda_header_dirs(cuda, Path(torch.__file__).parent.parent)
         system = [part for folder in headers for part in ("-isystem", str(folder))]
-        arguments["extra_compile_args"] = {"cxx": cxx_flags + system, "nvcc": ["-O3", *system]}
+        nvcc_flags = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
+        arguments["extra_compile_args"] = {
+            "cxx": cxx_flags + system,
+            "nvcc": [*nvcc_flags, *system],
+        }
         arguments["define_macros"].append(("USE_CUDA", None))  # opens torch's stable CUDA calls
         cpp += sources("*.cu")
         kind = cpp_extension.CUDAExtension

@@ -45,6 +45,7 @@ WATCHED = (
     "tools/*.py",
     "csrc/**/*.cpp",
     "csrc/**/*.cu",
+    "csrc/**/*.cuh",
     "csrc/**/*.h",
 )
 BUILD_VARIABLES = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")

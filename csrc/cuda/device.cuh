@@ -34,16 +34,16 @@ namespace d2det {
 
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 
-#define D2DET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                    \
-  do {                                                                                  \
-    const dim3 d2det_grid = (grid);                                                     \
-    static_cast<void>(stream);                                                          \
-    if (!::d2det::is_empty(d2det_grid)) {                                               \
-      const auto d2det_arguments = std::make_tuple(__VA_ARGS__);                        \
+#define D2DET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                     \
+  do {                                                                                   \
+    const dim3 d2det_grid = (grid);                                                      \
+    static_cast<void>(stream);                                                           \
+    if (!::d2det::is_empty(d2det_grid)) {                                                \
+      const auto d2det_arguments = std::make_tuple(__VA_ARGS__);                         \
       emu::launch(#kernel, d2det_grid, (block), static_cast<size_t>(shared_bytes), [&] { \
-        std::apply([&](auto... values) { kernel(values...); }, d2det_arguments);        \
-      });                                                                               \
-    }                                                                                   \
+        std::apply([&](auto... values) { kernel(values...); }, d2det_arguments);         \
+      });                                                                                \
+    }                                                                                    \
   } while (false)
 
 #else
@@ -65,22 +65,21 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 
 // Launches `kernel`, which stands in parentheses where it has template arguments:
 // D2DET_LAUNCH((scale<float, 4>), blocks, 256, 0, stream, input, output, count).
-#define D2DET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                             \
-  do {                                                                                           \
-    const dim3 d2det_grid = (grid);                                                              \
-    const auto d2det_shared = static_cast<size_t>(shared_bytes);                                 \
-    if (!::d2det::is_empty(d2det_grid)) {                                                        \
-      auto* const d2det_kernel = kernel;                                                         \
-      if (d2det_shared > ::d2det::kSharedBytesByDefault) {                                       \
-        ::d2det::check_cuda(                                                                     \
-            cudaFuncSetAttribute(reinterpret_cast<const void*>(d2det_kernel),                    \
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,                    \
-                                 static_cast<int>(d2det_shared)),                                \
-            #kernel);                                                                            \
-      }                                                                                          \
-      d2det_kernel<<<d2det_grid, (block), d2det_shared, (stream)>>>(__VA_ARGS__);                \
-      ::d2det::check_cuda(cudaGetLastError(), #kernel);                                          \
-    }                                                                                            \
+#define D2DET_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                          \
+  do {                                                                                        \
+    const dim3 d2det_grid = (grid);                                                           \
+    const auto d2det_shared = static_cast<size_t>(shared_bytes);                              \
+    if (!::d2det::is_empty(d2det_grid)) {                                                     \
+      auto* const d2det_kernel = kernel;                                                      \
+      if (d2det_shared > ::d2det::kSharedBytesByDefault) {                                    \
+        ::d2det::check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(d2det_kernel), \
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                                                 static_cast<int>(d2det_shared)),             \
+                            #kernel);                                                         \
+      }                                                                                       \
+      d2det_kernel<<<d2det_grid, (block), d2det_shared, (stream)>>>(__VA_ARGS__);             \
+      ::d2det::check_cuda(cudaGetLastError(), #kernel);                                       \
+    }                                                                                         \
   } while (false)
 
 #endif
@@ -111,10 +110,27 @@ inline unsigned grid_for(int64_t items, int64_t threads) {
   return static_cast<unsigned>(std::min<int64_t>(ceil_div(items, threads), 1 << 20));
 }
 
-#define D2DET_GRID_STRIDE(index, count)                                                     \
-  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,         \
-               d2det_step = static_cast<int64_t>(gridDim.x) * blockDim.x;                   \
+#define D2DET_GRID_STRIDE(index, count)                                             \
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, \
+               d2det_step = static_cast<int64_t>(gridDim.x) * blockDim.x;           \
        index < (count); index += d2det_step)
+
+// Calls f(T{}) with the element type of a floating-point tensor.
+template <typename F>
+void dispatch_floating(ScalarType type, F f) {
+  switch (type) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(Half{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      fail("floating-point tensors are needed, got ", torch::headeronly::toString(type));
+  }
+}
 
 // ---- Device: numbers ----
 // Elements are torch's Half and BFloat16, which are bit for bit CUDA's __half and __nv_bfloat16.
@@ -185,7 +201,9 @@ __device__ __forceinline__ Vector<T, N> load_constant(const T* address) {
 }
 
 // Whether all of these are multiples of 16 bytes.
-inline bool aligned16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+inline bool aligned16(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
 
 // ---- Device: warps and atomics ----
 

@@ -29,15 +29,15 @@ struct uint3 {
   unsigned x, y, z;
 };
 
-#define EMU_VECTOR2(name, type)                                            \
-  struct alignas(2 * sizeof(type)) name {                                  \
-    type x, y;                                                             \
-  };                                                                       \
+#define EMU_VECTOR2(name, type)           \
+  struct alignas(2 * sizeof(type)) name { \
+    type x, y;                            \
+  };                                      \
   inline name make_##name(type x, type y) { return {x, y}; }
-#define EMU_VECTOR4(name, type)                                            \
-  struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name {     \
-    type x, y, z, w;                                                       \
-  };                                                                       \
+#define EMU_VECTOR4(name, type)                                        \
+  struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name { \
+    type x, y, z, w;                                                   \
+  };                                                                   \
   inline name make_##name(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMU_VECTOR2(float2, float)
 EMU_VECTOR2(double2, double)

@@ -62,9 +62,7 @@ std::recursive_mutex running;
 
 Thread& current() { return machine.threads[machine.current]; }
 
-void give_way() {
-  switch_to(current().context, machine.scheduler);
-}
+void give_way() { switch_to(current().context, machine.scheduler); }
 
 std::string text(Site site) {
   const char* slash = std::strrchr(site.file, '/');
@@ -106,8 +104,8 @@ std::string describe_waiting() {
     out << "; from thread " << text(thread.index) << " on, threads wait "
         << (thread.state == State::kAtBarrier ? "at the barrier in " : "for their warp in ")
         << text(thread.site);
-    if (thread.state == State::kInWarp) out << " with mask " << std::hex << thread.exchange->mask
-                                            << std::dec;
+    if (thread.state == State::kInWarp)
+      out << " with mask " << std::hex << thread.exchange->mask << std::dec;
   }
   out << "; " << done << " of " << machine.count << " threads have returned";
   return out.str();
@@ -120,8 +118,8 @@ void release_barrier() {
   for (size_t i = 0; i < machine.count; ++i) {
     const Thread& thread = machine.threads[i];
     if (thread.state != State::kAtBarrier || !same(thread.site, site)) {
-      machine.error = "a barrier or warp collective that not all of its threads reach" +
-                      describe_waiting();
+      machine.error =
+          "a barrier or warp collective that not all of its threads reach" + describe_waiting();
       return;
     }
     predicates += thread.predicate;
@@ -255,15 +253,17 @@ void wait_for_warp(const Exchange& exchange, Site site) {
   }
   // The last one to come hands out the values. Those of the others lie on their stacks, which stay
   // as they are until they are resumed.
+  static std::vector<unsigned char> values;
+  values.assign(32 * exchange.size, 0);
+  for (size_t lane = 0; lane < 32; ++lane) {
+    if (!(exchange.mask >> lane & 1u)) continue;
+    std::memcpy(values.data() + lane * exchange.size, machine.threads[first + lane].exchange->value,
+                exchange.size);
+  }
   for (size_t lane = 0; lane < 32; ++lane) {
     if (!(exchange.mask >> lane & 1u)) continue;
     Thread& receiver = machine.threads[first + lane];
-    auto* results = static_cast<unsigned char*>(receiver.exchange->results);
-    for (size_t from = 0; from < 32; ++from) {
-      if (!(exchange.mask >> from & 1u)) continue;
-      std::memcpy(results + from * exchange.size, machine.threads[first + from].exchange->value,
-                  exchange.size);
-    }
+    std::memcpy(receiver.exchange->results, values.data(), values.size());
     receiver.state = State::kReady;
   }
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import emulated, order  # noqa: F401  fixtures
+from emulated import cuda_kernels, emulated, order  # noqa: F401  fixtures
 from torch import Tensor
 
 import d2det.ops  # noqa: F401  defines torch.ops.d2det

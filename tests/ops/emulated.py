@@ -57,6 +57,18 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return request.param
 
 
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda_kernels(request: pytest.FixtureRequest) -> tuple[Any, torch.device]:
+    """The operators whose CUDA kernels are tested, and the device of their tensors."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated"), torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if _library.implementation("deform_roi_pool", "cuda") != "compiled":
+        pytest.skip("the extension was built without CUDA")
+    return torch.ops.d2det, torch.device("cuda")
+
+
 def _build(compiler: str) -> Path:
     sources = [*sorted((_ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(_EMULATOR.glob("*.cpp"))]
     headers = [*(_ROOT / "csrc").rglob("*.h"), *(_ROOT / "csrc").rglob("*.cuh")]

@@ -1,9 +1,17 @@
-"""The emulator that the CUDA kernels are tested with: what it runs and what it reports."""
+"""The emulator that the CUDA kernels are tested with: what it runs and what it reports.
+
+Also every emulated kernel on the samples that all operators share.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+
+from d2det.ops import _library
 
 SUMS, UNSYNCHRONISED, COLLECTIVES = -1, -2, -3
 
@@ -54,3 +62,41 @@ def test_mistakes_are_reported(emulated, order, kind, message):
 
 def test_dynamic_shared_memory_starts_as_garbage(emulated):
     assert emulated.self_test(torch.zeros(1), 5)[:64].isnan().all()
+
+
+def backward_arguments(sample: Any, args: tuple[Any, ...], deterministic: bool) -> tuple[Any, ...]:
+    output = _library.references[sample.op](*args)
+    grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output.dtype)
+    grad = grad.view(output.shape)
+    if sample.op == "modulated_deform_conv2d":
+        x, offset, mask, weight, _, *steps, allow_tf32 = args
+        needed = [True, True, mask is not None, True]
+        return grad, x, offset, mask, weight, *steps, needed, allow_tf32, deterministic
+    if sample.op == "deform_roi_pool":
+        moved = args[3] is not None
+        return grad, *args, [True, moved, moved], deterministic
+    return grad, *args, [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_equal_their_reference(emulated, op_sample, dtype, deterministic):
+    args = op_sample.arguments(dtype, grad=False)
+    calls = [(op_sample.op, args)]
+    if op_sample.op != "soft_nms":
+        calls.append(
+            (f"{op_sample.op}_backward", backward_arguments(op_sample, args, deterministic))
+        )
+    for name, given in calls:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"d2det_emulated::{name}", "CPU"):
+            pytest.skip(f"{name} has no CUDA kernel")
+        found, expected = getattr(emulated, name)(*given), _library.references[name](*given)
+        for a, b in zip(flat(found), flat(expected), strict=True):
+            torch.testing.assert_close(a, b)
+            assert a.stride() == b.stride()
+
+
+def flat(results: Any) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results]
+    return [t for r in results for t in (r if isinstance(r, (list, tuple)) else [r])]
