@@ -1,5 +1,7 @@
 // Modulated deformable convolution on a GPU, forward: the choice of a tile and the launches.
 
+#include <cstdlib>
+
 #include "modulated_deform_conv2d_forward.cuh"
 #include "modulated_deform_conv2d_plan.cuh"
 
@@ -111,6 +113,9 @@ void run_forward(const ConvPlan& plan, const ConvArguments& a, const std::option
     if (forward_shared_bytes<Math, WideTile, Storage>() <= shared_bytes_limit(a.input)) {
       consider<WideTile>(p, 3, multiprocessors, best, choice);
     }
+#if defined(D2DET_EMULATE_CUDA)  // tests try all of them
+    if (const char* forced = std::getenv("D2DET_EMULATOR_TILE")) choice.tile = std::atoi(forced);
+#endif
     if (choice.tile == 0) return launch(SmallTile(), choice.splits);
     if (choice.tile == 1) return launch(ShortTile(), choice.splits);
     if (choice.tile == 2) return launch(LargeTile(), choice.splits);
