@@ -13,11 +13,15 @@ struct ForwardChoice {
   int32_t splits;
 };
 
-// Of the tiles, in cycles a chunk: what its products, its gather and its overhead cost, by count of
-// instructions. Only the proportions matter.
+// Cycles that a chunk takes, reckoned from the machine code and not measured: a multiprocessor's
+// tensor cores do some 1270 multiply-adds a cycle through mma.sync; gathering a pixel takes 8
+// cycles of issue, and feeding the tensor cores the rest. What is shorter hides behind the other
+// mostly.
 template <typename Tile>
 double tile_cost() {
-  return 0.026 * Tile::kPixels * Tile::kOutputs + 3.0 * Tile::kPixels + 100.0;
+  const double products = 0.050 * Tile::kPixels * Tile::kOutputs;
+  const double issue = 8.0 * Tile::kPixels + 0.018 * Tile::kPixels * Tile::kOutputs;
+  return std::max(products, issue) + 0.25 * std::min(products, issue) + 100.0;
 }
 
 // The least time on the busiest multiprocessor. A split of the taps fills the GPU where there are
@@ -31,7 +35,8 @@ void consider(const ConvProblem& p, int tile, int multiprocessors, double& best,
     if (splits > 1 && blocks * (splits - 1) >= 2 * multiprocessors) break;
     const double rounds = static_cast<double>(ceil_div(blocks * splits, multiprocessors));
     const double taps = static_cast<double>(ceil_div(p.taps(), splits));
-    const double lonely = rounds < 2 ? 1.2 : 1.0;  // one block does not hide its own latency
+    // One block does not hide its own latency.
+    const double lonely = rounds < 2 || Tile::kMinBlocks == 1 ? 1.2 : 1.0;
     // Each partial sum is written and read, 4 bytes of some 2 KiB a cycle, at 5000 cycles a launch.
     const double sums =
         splits == 1 ? 0 : 5000.0 + 0.004 * splits * static_cast<double>(p.pixels) * p.out_channels;

@@ -43,7 +43,7 @@ struct WeightStep {
 // Grid: x: output tiles, then tiles of input channels, then taps, the first fastest; y: groups; z:
 // splits of the pixels, `steps_per_split` steps each.
 template <typename Math, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     weight_gradient_kernel(const ConvProblem p, const typename Math::Column* __restrict__ grad,
                            const typename Math::Column* __restrict__ input,
                            const Coordinates offset, const Coordinates mask,

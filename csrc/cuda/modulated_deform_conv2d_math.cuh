@@ -96,44 +96,44 @@ struct TensorMath
                                                        int b_pitch, int b_column, int k) {
     static_assert(kN % 2 == 0);
     const int lane = threadIdx.x % 32;
-    FragmentA a[kM];
+    FragmentB b[kN];
+    FragmentA a;
     if constexpr (kTf32) {
       const int row = k + lane % 4, column = lane / 4;
       const auto word = [&](const unsigned char* tile, int pitch, int r, int c) {
         return *reinterpret_cast<const uint32_t*>(tile + r * pitch + c * 4);
       };
 #pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const int c = b_column + 8 * n + column;
+        b[n] = {{word(b_tile, b_pitch, row, c), word(b_tile, b_pitch, row + 4, c)}};
+      }
+#pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int c = a_column + 16 * m + column + i % 2 * 8;
-          a[m].word[i] = rounded_word(word(a_tile, a_pitch, row + i / 2 * 4, c));
+          a.word[i] = rounded_word(word(a_tile, a_pitch, row + i / 2 * 4, c));
         }
-      }
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const int c = b_column + 8 * n + column;
-        const FragmentB b{{word(b_tile, b_pitch, row, c), word(b_tile, b_pitch, row + 4, c)}};
-#pragma unroll
-        for (int m = 0; m < kM; ++m) matrix_multiply(sum[m][n], a[m], b, Element());
+        for (int n = 0; n < kN; ++n) matrix_multiply(sum[m][n], a, b[n], Element());
       }
     } else {
       const int row = lane % 8, matrix = lane / 8;
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        load_matrices_transposed(a[m].word, a_tile + (k + matrix / 2 * 8 + row) * a_pitch +
-                                                (a_column + 16 * m + matrix % 2 * 8) * 2);
-      }
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         uint32_t words[4];
         load_matrices_transposed(words, b_tile + (k + matrix % 2 * 8 + row) * b_pitch +
                                             (b_column + 8 * n + matrix / 2 * 8) * 2);
+        b[n] = {{words[0], words[1]}};
+        b[n + 1] = {{words[2], words[3]}};
+      }
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          matrix_multiply(sum[m][n], a[m], FragmentB{{words[0], words[1]}}, Element());
-          matrix_multiply(sum[m][n + 1], a[m], FragmentB{{words[2], words[3]}}, Element());
-        }
+      for (int m = 0; m < kM; ++m) {
+        load_matrices_transposed(a.word, a_tile + (k + matrix / 2 * 8 + row) * a_pitch +
+                                             (a_column + 16 * m + matrix % 2 * 8) * 2);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) matrix_multiply(sum[m][n], a, b[n], Element());
       }
     }
   }
