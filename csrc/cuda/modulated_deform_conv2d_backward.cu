@@ -9,11 +9,12 @@
 namespace d2det {
 namespace {
 
-// Of the columns' gradient that exists at a time; at least one image.
+// Of the columns' gradient that exists at a time, but at least one image: what the cache of a large
+// GPU holds.
 #if defined(D2DET_EMULATE_CUDA)
 constexpr int64_t kColumnBytes = int64_t{64} << 10;  // so that small tests take several steps
 #else
-constexpr int64_t kColumnBytes = int64_t{96} << 20;
+constexpr int64_t kColumnBytes = int64_t{40} << 20;
 #endif
 
 struct Gradients {
@@ -207,12 +208,17 @@ void run_samples(const ConvPlan& plan, const ConvArguments& a, const Operands& o
   if (wanted.input) {
     sums.emplace(plan, operands, weight, a.mask.has_value(), deterministic, result.input);
   }
-  // Kernels write in the offset's own order; a gradient of other strides is copied to.
+  // The kernels write in order; a gradient of other strides gets a copy.
   const auto plain = [](const Tensor& value) {
-    return torch::stable::new_empty(value, value.sizes().vec(), value.scalar_type());
+    return value.is_contiguous()
+               ? value
+               : torch::stable::new_empty(value, value.sizes().vec(), value.scalar_type());
   };
-  Tensor grad_offset = wanted.offset ? plain(a.offset) : result.offset;
-  Tensor grad_mask = wanted.mask ? plain(*a.mask) : result.mask;
+  const auto finish = [](Tensor& value, const Tensor& written) {
+    if (value.const_data_ptr() != written.const_data_ptr()) torch::stable::copy_(value, written);
+  };
+  Tensor grad_offset = wanted.offset ? plain(result.offset) : result.offset;
+  Tensor grad_mask = wanted.mask ? plain(result.mask) : result.mask;
   const Coordinates none{nullptr, ScalarType::Float};
   const Coordinates offset_to = wanted.offset ? coordinates(grad_offset) : none;
   const Coordinates mask_to = wanted.mask ? coordinates(grad_mask) : none;
@@ -244,8 +250,8 @@ void run_samples(const ConvPlan& plan, const ConvArguments& a, const Operands& o
     }
   }
   if (sums) sums->finish();
-  if (wanted.offset) torch::stable::copy_(result.offset, grad_offset);
-  if (wanted.mask) torch::stable::copy_(result.mask, grad_mask);
+  if (wanted.offset) finish(result.offset, grad_offset);
+  if (wanted.mask) finish(result.mask, grad_mask);
 }
 
 // Runs of at most `length` channels with one offset group, in the weight group that has most.
