@@ -102,7 +102,7 @@ def backward(
             )
             grad_input[part] = as_images(rows.view(-1, images.shape[1]), images)
         if need_offset or need_mask:
-            table = channels_last_rows(images, dtype).view(-1, channels)
+            table = channels_last_rows(images, dtype).reshape(-1, channels)
             products = row_products(grad_columns, table, corners.rows.reshape(-1, 4))
             products = products.view_as(corners.weight)
             if need_offset:
@@ -188,7 +188,7 @@ def _columns(input: Tensor, taps: Tensor | None, corners: _Corners) -> Tensor:
     """(n * L, K, Cin): the sampled and modulated values under each tap of each output pixel."""
     n, pixels, kernel, groups, _ = corners.weight.shape
     channels = input.shape[1] // groups
-    table = channels_last_rows(input, corners.weight.dtype).view(-1, channels)
+    table = channels_last_rows(input, corners.weight.dtype).reshape(-1, channels)
     weight = corners.weight
     if taps is not None:
         weight = weight * taps[..., None]
