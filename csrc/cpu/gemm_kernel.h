@@ -1,0 +1,109 @@
+// The inner kernel of a packed matrix product: a tile of C held in registers, in which rows of A are
+// broadcast and rows of B are vectors. A and B are read with strides known to the compiler, so that
+// each address is a base and a constant.
+
+namespace d2det::D2DET_ISA {
+
+// How elements are multiplied and summed: T in, T out.
+template <typename T>
+struct Dot {
+  using Element = T;
+  using Sum = T;
+  using Vector = typename Vec<T>::type;
+  static constexpr int64_t kDepth = 1;  // products in one step
+
+  static inline __attribute__((always_inline)) Vector broadcast(const T* from) {
+    return splat(*from);
+  }
+  static inline __attribute__((always_inline)) Vector row(const T* from) { return load(from); }
+  static inline __attribute__((always_inline)) Vector add(Vector sum, Vector a, Vector b) {
+    return a * b + sum;
+  }
+};
+
+// Two neighbours in the reduced dimension, as bfloat16, the first in the lower half.
+struct Bf16Pair {
+  uint32_t bits;
+};
+
+#if D2DET_BF16_DOT
+// Pairs of bfloat16, summed in float32.
+template <>
+struct Dot<Bf16Pair> {
+  using Element = Bf16Pair;
+  using Sum = float;
+  using Vector = Vec<float>::type;
+  static constexpr int64_t kDepth = 2;
+
+  static inline __attribute__((always_inline)) __m512i broadcast(const Bf16Pair* from) {
+    return _mm512_set1_epi32(static_cast<int>(from->bits));
+  }
+  static inline __attribute__((always_inline)) __m512i row(const Bf16Pair* from) {
+    return _mm512_loadu_si512(from);
+  }
+  static inline __attribute__((always_inline)) Vector add(Vector sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// C is (MR, NV vectors); a step of the sum reads A[r * SA + i * KA] and the i-th row of B.
+template <typename E, int MR, int NV, int SA, int KA>
+struct ProductTile {
+  using D = Dot<E>;
+  using S = typename D::Sum;
+  static constexpr int kLanes = Vec<S>::kSize;
+  static constexpr int kWidth = NV * kLanes;
+
+  typename D::Vector sum[MR][NV];
+
+  inline __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[r][v] = typename D::Vector{};
+    }
+  }
+
+  inline __attribute__((always_inline)) void read(const S* c) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[r][v] = load(c + r * kWidth + v * kLanes);
+    }
+  }
+
+  inline __attribute__((always_inline)) void write(S* c) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) store(c + r * kWidth + v * kLanes, sum[r][v]);
+    }
+  }
+
+  inline __attribute__((always_inline)) void step(const E* a, const E* b) {
+    decltype(D::row(b)) row[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) row[v] = D::row(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const auto value = D::broadcast(a + r * SA);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[r][v] = D::add(sum[r][v], value, row[v]);
+    }
+  }
+
+  inline __attribute__((always_inline)) void add(const E* a, const E* b, int64_t steps) {
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < steps; ++i) {
+      __builtin_prefetch(b + i * kWidth + 8 * kWidth);
+      if (NV > 1) __builtin_prefetch(b + i * kWidth + 8 * kWidth + kLanes);
+      step(a + i * KA, b + i * kWidth);
+    }
+  }
+};
+
+// Rows of C for products whose A has as many rows as there are pixels.
+constexpr int kPixelRows = D2DET_VECTOR_BYTES == 64 ? 14 : D2DET_VECTOR_BYTES == 32 ? 6 : 4;
+
+}  // namespace d2det::D2DET_ISA
