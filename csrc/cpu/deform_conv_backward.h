@@ -45,6 +45,8 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
       at[i] = image + corners.index[i][p] * s.channels;
       weight[i] = corners.weight[i][p];
     }
+    // Corners that were clamped to the border are the same pixel as another.
+    const bool distinct = at[0] != at[1] && at[0] != at[2];
     V sum[4] = {};
     T rest[4] = {};
     T* column = columns + p * row;
@@ -60,14 +62,20 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
           for (int i = 0; i < 4; ++i) {
             const V pixel = load(problem.rows + at[i] + c + v);
             if (kDots) sum[i] = grad * pixel + sum[i];
-            if (kColumns) value = i == 0 ? pixel * weight[0] : pixel * weight[i] + value;
+            if (kColumns) value = pixel * weight[i] + value;
           }
-          if (kScatter) {
-            // One after the other: corners that were clamped to the border can be the same pixel.
+          T* to = grad_rows + c + v;
+          if (kScatter && distinct) {
+            // All loads before the stores: rows of the map are often a multiple of 4096 bytes
+            // apart, and a load that follows a store at the same place in a page waits for it.
+            V next[4];
 #pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) next[i] = grad * weight[i] + load(to + at[i]);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) store(to + at[i], next[i]);
+          } else if (kScatter) {
             for (int i = 0; i < 4; ++i) {
-              T* to = grad_rows + at[i] + c + v;
-              store(to, grad * weight[i] + load(to));
+              store(to + at[i], grad * weight[i] + load(to + at[i]));
             }
           }
           if (kColumns) store(column + v, value);

@@ -127,7 +127,8 @@ inline PanelRange panels_of_offset_group(const Panels& panels, int64_t begin, in
   return {begin, last};
 }
 
-// Writes the columns of one run, panel by panel at a distance of `panel_stride`.
+// Writes the columns of one run, panel by panel at a distance of `panel_stride`. The sum starts at
+// zero, as in sample_backward: the same order of operations gives both the same bits.
 template <typename T, int NV>
 inline void gather_columns(const ConvProblem<T>& problem, const Run& run,
                            const Corners<T>& corners, PanelRange panels, T* columns,
@@ -149,14 +150,21 @@ inline void gather_columns(const ConvProblem<T>& problem, const Run& run,
       if (width == row) {
 #pragma GCC unroll 2
         for (int64_t v = 0; v < row; v += lanes) {
-          const typename Vec<T>::type value =
-              load(from0 + c + v) * w0 + load(from1 + c + v) * w1 + load(from2 + c + v) * w2 +
-              load(from3 + c + v) * w3;
+          typename Vec<T>::type value = {};
+          value = load(from0 + c + v) * w0 + value;
+          value = load(from1 + c + v) * w1 + value;
+          value = load(from2 + c + v) * w2 + value;
+          value = load(from3 + c + v) * w3 + value;
           store(to + v, value);
         }
       } else {
         for (int64_t i = c; i < c + width; ++i) {
-          to[i - c] = from0[i] * w0 + from1[i] * w1 + from2[i] * w2 + from3[i] * w3;
+          T value = 0;
+          value += from0[i] * w0;
+          value += from1[i] * w1;
+          value += from2[i] * w2;
+          value += from3[i] * w3;
+          to[i - c] = value;
         }
       }
     }

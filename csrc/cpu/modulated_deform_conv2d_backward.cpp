@@ -195,6 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   pass.all = s.images * s.out_height * s.out_width;
   const ConvProblem<T>& problem = pass.tensors.problem;
   pass.split = split_work(threads, problem.in.count, s.images);
+  pass.split.blocks = std::min(tuned("D2DET_BLOCKS", pass.split.blocks), problem.in.count);
   pass.in_row = problem.in.vectors * traits.lanes;
   pass.out_row = problem.out.vectors * traits.lanes;
   const auto scratch = [&](int64_t size, bool wanted) {
