@@ -61,8 +61,8 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             const V pixel = load(problem.rows + at[i] + c + v);
-            if (kDots) sum[i] = grad * pixel + sum[i];
-            if (kColumns) value = pixel * weight[i] + value;
+            if (kDots) sum[i] = multiply_add(grad, pixel, sum[i]);
+            if (kColumns) value = multiply_add(pixel, splat(weight[i]), value);
           }
           T* to = grad_rows + c + v;
           if (kScatter && distinct) {
@@ -70,12 +70,14 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
             // apart, and a load that follows a store at the same place in a page waits for it.
             V next[4];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) next[i] = grad * weight[i] + load(to + at[i]);
+            for (int i = 0; i < 4; ++i) {
+              next[i] = multiply_add(grad, splat(weight[i]), load(to + at[i]));
+            }
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) store(to + at[i], next[i]);
           } else if (kScatter) {
             for (int i = 0; i < 4; ++i) {
-              store(to + at[i], grad * weight[i] + load(to + at[i]));
+              store(to + at[i], multiply_add(grad, splat(weight[i]), load(to + at[i])));
             }
           }
           if (kColumns) store(column + v, value);
@@ -86,9 +88,10 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
           T value = 0;
           for (int i = 0; i < 4; ++i) {
             const T pixel = problem.rows[at[i] + c + v];
-            if (kDots) rest[i] += grad * pixel;
-            value += pixel * weight[i];
-            if (kScatter) grad_rows[at[i] + c + v] += grad * weight[i];
+            if (kDots) rest[i] = multiply_add(grad, pixel, rest[i]);
+            value = multiply_add(pixel, weight[i], value);
+            T* to = grad_rows + at[i] + c + v;
+            if (kScatter) *to = multiply_add(grad, weight[i], *to);
           }
           if (kColumns) column[v] = value;
         }

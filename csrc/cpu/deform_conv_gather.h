@@ -151,19 +151,19 @@ inline void gather_columns(const ConvProblem<T>& problem, const Run& run,
 #pragma GCC unroll 2
         for (int64_t v = 0; v < row; v += lanes) {
           typename Vec<T>::type value = {};
-          value = load(from0 + c + v) * w0 + value;
-          value = load(from1 + c + v) * w1 + value;
-          value = load(from2 + c + v) * w2 + value;
-          value = load(from3 + c + v) * w3 + value;
+          value = multiply_add(load(from0 + c + v), splat(w0), value);
+          value = multiply_add(load(from1 + c + v), splat(w1), value);
+          value = multiply_add(load(from2 + c + v), splat(w2), value);
+          value = multiply_add(load(from3 + c + v), splat(w3), value);
           store(to + v, value);
         }
       } else {
         for (int64_t i = c; i < c + width; ++i) {
           T value = 0;
-          value += from0[i] * w0;
-          value += from1[i] * w1;
-          value += from2[i] * w2;
-          value += from3[i] * w3;
+          value = multiply_add(from0[i], w0, value);
+          value = multiply_add(from1[i], w1, value);
+          value = multiply_add(from2[i], w2, value);
+          value = multiply_add(from3[i], w3, value);
           to[i - c] = value;
         }
       }

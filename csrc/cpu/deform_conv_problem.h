@@ -29,14 +29,16 @@ struct ConvShape {
 struct Panel {
   int64_t channel;
   int32_t width;
+  int32_t group;
   int32_t offset_group;  // of input channels only
 };
 
-// The panels of one side; those of weight group s are [s * per_group, (s + 1) * per_group). In
-// packed matrices each is padded to `vectors` (1 or 2) vectors.
+// The panels of one side; those of weight group s are [starts[s], starts[s + 1]). In packed matrices
+// each is padded to `vectors` (1 or 2) vectors.
 struct Panels {
   const Panel* items;
-  int64_t count, per_group;
+  const int64_t* starts;
+  int64_t count;
   int32_t vectors;
 };
 

@@ -59,10 +59,12 @@ PanelList::PanelList(int64_t channels, int64_t run, int64_t cut, int64_t lanes) 
   const int64_t row = vectors * lanes;
   for (int64_t begin = 0; begin < channels;) {
     const int64_t end = std::min({(begin / run + 1) * run, (begin / cut + 1) * cut, begin + row});
-    items.push_back(
-        {begin, static_cast<int32_t>(end - begin), static_cast<int32_t>(begin / cut)});
+    if (begin % run == 0) starts.push_back(static_cast<int64_t>(items.size()));
+    items.push_back({begin, static_cast<int32_t>(end - begin), static_cast<int32_t>(begin / run),
+                     static_cast<int32_t>(begin / cut)});
     begin = end;
   }
+  starts.push_back(static_cast<int64_t>(items.size()));
 }
 
 template <typename T>
@@ -93,8 +95,8 @@ ConvTensors<T>::ConvTensors(const ConvShape& shape, const Tensor& given_input,
       problem{} {
   if (given_mask) mask = as(*given_mask, kScalar<T>);
   problem.shape = shape;
-  problem.in = in.of_groups(shape.groups);
-  problem.out = out.of_groups(shape.groups);
+  problem.in = in.view();
+  problem.out = out.view();
   problem.rows = static_cast<const T*>(rows.data_ptr());
   problem.offset = offset.const_data_ptr<T>();
   problem.mask = mask ? mask->const_data_ptr<T>() : nullptr;

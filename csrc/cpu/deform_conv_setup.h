@@ -57,12 +57,12 @@ ConvShape conv_shape(const Tensor& input, const Tensor& offset, const std::optio
 // `cut` too.
 struct PanelList {
   std::vector<Panel> items;
+  std::vector<int64_t> starts;
   int32_t vectors;
 
   PanelList(int64_t channels, int64_t run, int64_t cut, int64_t lanes);
-  Panels of_groups(int64_t groups) const {
-    const auto count = static_cast<int64_t>(items.size());
-    return {items.data(), count, count / groups, vectors};
+  Panels view() const {
+    return {items.data(), starts.data(), static_cast<int64_t>(items.size()), vectors};
   }
 };
 

@@ -17,7 +17,7 @@ struct Dot {
   }
   static inline __attribute__((always_inline)) Vector row(const T* from) { return load(from); }
   static inline __attribute__((always_inline)) Vector add(Vector sum, Vector a, Vector b) {
-    return a * b + sum;
+    return multiply_add(a, b, sum);
   }
 };
 

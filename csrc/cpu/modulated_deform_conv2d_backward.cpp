@@ -74,7 +74,7 @@ struct Backward {
 
   int64_t packed_gradient_size() const {
     const ConvProblem<T>& p = tensors.problem;
-    return taps * p.in.count * p.out.per_group * out_row * in_row;
+    return taps * p.in.count * p.out.starts[1] * out_row * in_row;
   }
   int64_t taps_size() const { return 3 * shape.offset_groups * taps * all; }
 

@@ -6,6 +6,8 @@
 // clang-format: the order of inclusion
 #include "layout.h"
 // clang-format: the order of inclusion
+#include "multiply_add.h"
+// clang-format: the order of inclusion
 #include "gemm_kernel.h"
 // clang-format: the order of inclusion
 #include "deform_conv_gather.h"
@@ -42,7 +44,6 @@ void pack_for_backward(const ConvProblem<T>& problem, const T* weight, int64_t b
   const T* weight_end = weight + s.out_channels * per_group * taps;
   for (int64_t q = begin; q < end; ++q) {
     const Panel& panel = problem.in.items[q];
-    const int64_t group = panel.channel / per_group;
     for (int64_t o = 0; o < outs; ++o) {
       T* to = packed + (q * outs + o) * row;
       const int64_t stride = problem.in.count * outs * row;
@@ -50,7 +51,7 @@ void pack_for_backward(const ConvProblem<T>& problem, const T* weight, int64_t b
         for (int64_t tap = 0; tap < taps; ++tap) memset(to + tap * stride, 0, row * sizeof(T));
       }
       const T* from =
-          weight + ((group * outs + o) * per_group + panel.channel % per_group) * taps;
+          weight + ((panel.group * outs + o) * per_group + panel.channel % per_group) * taps;
       transpose_copy<T>(from, taps, panel.width, taps, weight_end,
                         [&](int64_t tap) { return to + tap * stride; });
     }
@@ -87,7 +88,7 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
       }
     }
     for (int64_t o = 0; o < problem.out.count; ++o) {
-      const int64_t first = o / problem.out.per_group * problem.in.per_group;
+      const int64_t* group = problem.in.starts + problem.out.items[o].group;
       for (int64_t r = 0; r < rows; r += kPixelRows) {
         ProductTile<T, kPixelRows, NO, kIn, 1> product;
         T* sum = sums + (o * tile + r) * kOut;
@@ -98,7 +99,7 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
         }
         const T* b = static_cast<const T*>(problem.packed) + (o * taps + tap) * per_group * kOut;
         for (int64_t t = 0; t < block; ++t) {
-          for (int64_t q = first; q < first + problem.in.per_group; ++q) {
+          for (int64_t q = group[0]; q < group[1]; ++q) {
             const int64_t width = problem.in.items[q].width;
             product.add(columns + ((t * problem.in.count + q) * tile + r) * kIn, b, width);
             b += width * kOut;
@@ -172,8 +173,8 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
   T* grad = scratch.take<T>(out.count * tile * kOut);
   first_taps(s, begin, count, first_y, first_x);
 
-  const int64_t first_out = pass.panel_begin / in.per_group * out.per_group;
-  const int64_t end_out = ((pass.panel_end - 1) / in.per_group + 1) * out.per_group;
+  const int64_t first_out = out.starts[in.items[pass.panel_begin].group];
+  const int64_t end_out = out.starts[in.items[pass.panel_end - 1].group + 1];
   with_storage<T>(pass.grad_output.storage, pass.grad_output.data, [&](auto* data) {
     for (int64_t o = first_out; o < end_out; ++o) {
       const Panel& panel = out.items[o];
@@ -197,14 +198,14 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
   for (int64_t tap = 0; tap < taps; ++tap) {
     if (products) {
       for (int64_t q = pass.panel_begin; q < pass.panel_end; ++q) {
-        const int64_t first = q / in.per_group * out.per_group;
+        const int64_t* group = out.starts + in.items[q].group;
         const T* weight =
             static_cast<const T*>(problem.packed) + (tap * in.count + q) * outs * kIn;
         for (int64_t r = 0; r < rows; r += kPixelRows) {
           ProductTile<T, kPixelRows, NI, kOut, 1> product;
           product.clear();
           const T* b = weight;
-          for (int64_t o = first; o < first + out.per_group; ++o) {
+          for (int64_t o = group[0]; o < group[1]; ++o) {
             product.add(grad + (o * tile + r) * kOut, b, out.items[o].width);
             b += out.items[o].width * kIn;
           }
@@ -245,13 +246,12 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
 
     if (!pass.grad_packed) continue;
     for (int64_t q = pass.panel_begin; q < pass.panel_end; ++q) {
-      const int64_t first = q / in.per_group * out.per_group;
-      T* panel_sums =
-          pass.grad_packed + (tap * in.count + q) * out.per_group * kOut * kIn;
-      for (int64_t o = first; o < first + out.per_group; ++o) {
+      const int64_t* group = out.starts + in.items[q].group;
+      T* panel_sums = pass.grad_packed + (tap * in.count + q) * out.starts[1] * kOut * kIn;
+      for (int64_t o = group[0]; o < group[1]; ++o) {
         for (int64_t m = 0; m < out.items[o].width; m += kChannelRows) {
           ProductTile<T, kChannelRows, NI, 1, kOut> product;
-          T* sum = panel_sums + ((o - first) * kOut + m) * kIn;
+          T* sum = panel_sums + ((o - group[0]) * kOut + m) * kIn;
           product.read(sum);
           product.add(grad + o * tile * kOut + m, columns + (q - pass.panel_begin) * tile * kIn,
                       count);
@@ -279,7 +279,7 @@ void deform_conv_backward(const ConvBackward<T>& pass, char* scratch) {
   }
   if (pass.grad_packed) {
     const int64_t lanes = Vec<T>::kSize;
-    const int64_t panel = out.per_group * out.vectors * lanes * in.vectors * lanes;
+    const int64_t panel = out.starts[1] * out.vectors * lanes * in.vectors * lanes;
     for (int64_t tap = 0; tap < taps; ++tap) {
       memset(pass.grad_packed + (tap * in.count + pass.panel_begin) * panel, 0,
              (pass.panel_end - pass.panel_begin) * panel * sizeof(T));
@@ -304,7 +304,7 @@ void unpack_weight_gradient(const ConvProblem<T>& problem, T* packed, int64_t co
   const int64_t taps = s.kernel_y * s.kernel_x;
   const int64_t per_group = s.channels / s.groups;
   const int64_t row = in.vectors * Vec<T>::kSize, out_row = out.vectors * Vec<T>::kSize;
-  const int64_t panel_size = out.per_group * out_row * row, tap_size = in.count * panel_size;
+  const int64_t panel_size = out.starts[1] * out_row * row, tap_size = in.count * panel_size;
   for (int64_t q = begin; q < end; ++q) {
     for (int64_t tap = 0; tap < taps; ++tap) {
       T* sum = packed + tap * tap_size + q * panel_size;
@@ -316,10 +316,10 @@ void unpack_weight_gradient(const ConvProblem<T>& problem, T* packed, int64_t co
       }
     }
     const Panel& panel = in.items[q];
-    const int64_t first = q / in.per_group * out.per_group;
-    for (int64_t o = first; o < first + out.per_group; ++o) {
+    const int64_t* group = out.starts + panel.group;
+    for (int64_t o = group[0]; o < group[1]; ++o) {
       for (int64_t m = 0; m < out.items[o].width; ++m) {
-        const T* from = packed + q * panel_size + ((o - first) * out_row + m) * row;
+        const T* from = packed + q * panel_size + ((o - group[0]) * out_row + m) * row;
         T* to = weight + ((out.items[o].channel + m) * per_group + panel.channel % per_group) * taps;
         transpose_copy<T>(from, tap_size, taps, panel.width, from + (taps - 1) * tap_size + row,
                           [&](int64_t j) { return to + j * taps; });
