@@ -127,45 +127,56 @@ inline PanelRange panels_of_offset_group(const Panels& panels, int64_t begin, in
   return {begin, last};
 }
 
-// Writes the columns of one run, panel by panel at a distance of `panel_stride`. The sum starts at
-// zero, as in sample_backward: the same order of operations gives both the same bits.
-template <typename T, int NV>
+// Writes the columns of one run, panel by panel at a distance of `panel_stride`; kDot: as pairs of
+// bfloat16. The sum starts at zero, as in sample_backward: the same order of operations gives both
+// the same bits.
+template <typename T, int NV, bool kDot>
 inline void gather_columns(const ConvProblem<T>& problem, const Run& run,
-                           const Corners<T>& corners, PanelRange panels, T* columns,
-                           int64_t panel_stride) {
-  constexpr int64_t lanes = Vec<T>::kSize, row = NV * lanes;
+                           const Corners<T>& corners, PanelRange panels,
+                           typename Factor<T, kDot>::type* columns, int64_t panel_stride) {
+  using V = typename Vec<T>::type;
+  constexpr int64_t lanes = Vec<T>::kSize, row = NV * lanes, stored = kDot ? row / 2 : row;
   const ConvShape& s = problem.shape;
   const T* image = problem.rows + run.image * s.height * s.width * s.channels;
   for (int64_t p = run.start; p < run.start + run.count; ++p) {
-    const T* from0 = image + corners.index[0][p] * s.channels;
-    const T* from1 = image + corners.index[1][p] * s.channels;
-    const T* from2 = image + corners.index[2][p] * s.channels;
-    const T* from3 = image + corners.index[3][p] * s.channels;
-    const T w0 = corners.weight[0][p], w1 = corners.weight[1][p];
-    const T w2 = corners.weight[2][p], w3 = corners.weight[3][p];
-    T* to = columns + p * row;
+    const T* from[4];
+    V weight[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      from[i] = image + corners.index[i][p] * s.channels;
+      weight[i] = splat(corners.weight[i][p]);
+    }
+    auto* to = columns + p * stored;
     for (int64_t q = panels.begin; q < panels.end; ++q, to += panel_stride) {
       const int64_t c = problem.in.items[q].channel;
       const int64_t width = problem.in.items[q].width;
+      V value[NV] = {};
       if (width == row) {
 #pragma GCC unroll 2
-        for (int64_t v = 0; v < row; v += lanes) {
-          typename Vec<T>::type value = {};
-          value = multiply_add(load(from0 + c + v), splat(w0), value);
-          value = multiply_add(load(from1 + c + v), splat(w1), value);
-          value = multiply_add(load(from2 + c + v), splat(w2), value);
-          value = multiply_add(load(from3 + c + v), splat(w3), value);
-          store(to + v, value);
+        for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            value[v] = multiply_add(load(from[i] + c + v * lanes), weight[i], value[v]);
+          }
         }
       } else {
-        for (int64_t i = c; i < c + width; ++i) {
-          T value = 0;
-          value = multiply_add(from0[i], w0, value);
-          value = multiply_add(from1[i], w1, value);
-          value = multiply_add(from2[i], w2, value);
-          value = multiply_add(from3[i], w3, value);
-          to[i - c] = value;
+        T some[row] = {};
+        for (int64_t j = 0; j < width; ++j) {
+          for (int i = 0; i < 4; ++i) {
+            some[j] = multiply_add(from[i][c + j], corners.weight[i][p], some[j]);
+          }
         }
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) value[v] = load(some + v * lanes);
+      }
+      if constexpr (kDot) {
+        T both[row];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) store(both + v * lanes, value[v]);
+        pair_neighbours(both, row, to);
+      } else {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) store(to + v * lanes, value[v]);
       }
     }
   }

@@ -102,6 +102,16 @@ ConvTensors<T>::ConvTensors(const ConvShape& shape, const Tensor& given_input,
   problem.mask = mask ? mask->const_data_ptr<T>() : nullptr;
 }
 
+template <typename T>
+void ConvTensors<T>::choose_products(ScalarType type) {
+  const ConvShape& s = problem.shape;
+#if D2DET_X86
+  problem.bf16 = sizeof(T) == 4 && type == ScalarType::BFloat16 && cpu_isa() == Isa::kAvx512Bf16 &&
+                 in.vectors == 2 && out.vectors == 2 && s.channels / s.groups % 2 == 0 &&
+                 s.channels / s.offset_groups % 2 == 0 && s.out_channels / s.groups % 2 == 0;
+#endif
+}
+
 template struct ConvTensors<float>;
 template struct ConvTensors<double>;
 

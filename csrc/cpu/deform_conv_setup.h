@@ -99,6 +99,10 @@ struct ConvTensors {
   ConvTensors(const ConvShape& shape, const Tensor& given_input, const Tensor& given_offset,
               const std::optional<Tensor>& given_mask);
 
+  // Products of bfloat16 where the operands are that, the processor has them, and every sum runs
+  // over whole pairs. Columns are rounded to bfloat16 then, as the inputs of a plain convolution are.
+  void choose_products(ScalarType type);
+
   // (N, H, W, C) in T, and where the input lies so already, the input.
   static Tensor as_rows(const Tensor& input);
 };

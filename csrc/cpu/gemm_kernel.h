@@ -26,6 +26,16 @@ struct Bf16Pair {
   uint32_t bits;
 };
 
+// What T is multiplied as.
+template <typename T, bool kDot>
+struct Factor {
+  using type = T;
+};
+template <>
+struct Factor<float, true> {
+  using type = Bf16Pair;
+};
+
 #if D2DET_BF16_DOT
 // Pairs of bfloat16, summed in float32.
 template <>
@@ -45,6 +55,34 @@ struct Dot<Bf16Pair> {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
 };
+#endif
+
+#if D2DET_BF16_DOT
+// In place: rows 2i and 2i + 1, rounded, become the row i of pairs. `count` rows, an even number, of
+// `width` numbers.
+inline void pair_rows(float* rows, int64_t count, int64_t width) {
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 16; ++i) order[2 * i] = i, order[2 * i + 1] = 16 + i;
+  const __m512i interleaved = _mm512_load_si512(order);
+  for (int64_t i = 0; i < count / 2; ++i) {
+    const float* from = rows + 2 * i * width;
+    for (int64_t v = 0; v < width; v += 16) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(load(from + width + v), load(from + v));
+      _mm512_storeu_si512(rows + i * width + v, _mm512_permutexvar_epi16(interleaved, both));
+    }
+  }
+}
+
+// Neighbours in a row become pairs; `count` numbers, a multiple of 32.
+inline void pair_neighbours(const float* from, int64_t count, Bf16Pair* to) {
+  for (int64_t i = 0; i < count; i += 32) {
+    _mm512_storeu_si512(
+        to + i / 2, (__m512i)_mm512_cvtne2ps_pbh(load(from + i + 16), load(from + i)));
+  }
+}
+#else
+inline void pair_rows(float*, int64_t, int64_t) {}
+inline void pair_neighbours(const float*, int64_t, Bf16Pair*) {}
 #endif
 
 // C is (MR, NV vectors); a step of the sum reads A[r * SA + i * KA] and the i-th row of B.

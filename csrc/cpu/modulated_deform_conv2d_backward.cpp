@@ -110,7 +110,7 @@ void Backward<T>::run(T* grad_rows, T* grad_taps, T* grad_packed) {
   const int64_t tiles = divide_up(longest, fitting);
   problem.tile = divide_up(divide_up(longest, tiles), traits.rows) * traits.rows;
   const int64_t bytes =
-      problem.tile * ((column_width + grad_width + 12) * sizeof(T) + 16) + 1024;
+      problem.tile * ((column_width + 2 * grad_width + 12) * sizeof(T) + 16) + 1024;
 
   const int64_t units = split.blocks * split.ranges;
   torch::stable::parallel_for(0, units, 1, [&](int64_t first, int64_t last) {
@@ -190,6 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor given_weight = as(weight, kScalar<T>);
   const int64_t threads = torch::stable::get_num_threads();
   Backward<T> pass{s, ConvTensors<T>(s, input, offset, mask), images(grad)};
+  pass.tensors.choose_products(input.scalar_type());
   pass.weight = given_weight.const_data_ptr<T>();
   pass.taps = s.kernel_y * s.kernel_x;
   pass.all = s.images * s.out_height * s.out_width;

@@ -30,6 +30,9 @@ void pack_for_forward(const ConvProblem<T>& problem, const T* weight, int64_t be
     const T* from = weight + panel.channel * length;
     transpose_copy<T>(from, length, panel.width, length, from + panel.width * length,
                       [&](int64_t j) { return to + (j % taps * per_group + j / taps) * row; });
+    if constexpr (sizeof(T) == 4) {
+      if (problem.bf16) pair_rows(to, length, row);
+    }
   }
 }
 
@@ -55,12 +58,19 @@ void pack_for_backward(const ConvProblem<T>& problem, const T* weight, int64_t b
       transpose_copy<T>(from, taps, panel.width, taps, weight_end,
                         [&](int64_t tap) { return to + tap * stride; });
     }
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t tap = 0; problem.bf16 && tap < taps; ++tap) {
+        pair_rows(packed + (tap * problem.in.count + q) * outs * row, outs, row);
+      }
+    }
   }
 }
 
-template <typename T, int NI, int NO>
+template <typename T, int NI, int NO, bool kDot = false>
 void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scratch scratch) {
-  constexpr int kLanes = Vec<T>::kSize, kIn = NI * kLanes, kOut = NO * kLanes;
+  using E = typename Factor<T, kDot>::type;
+  constexpr int kDepth = kDot ? 2 : 1;
+  constexpr int kLanes = Vec<T>::kSize, kIn = NI * kLanes / kDepth, kOut = NO * kLanes;
   const ConvProblem<T>& problem = pass.problem;
   const ConvShape& s = problem.shape;
   const int64_t taps = s.kernel_y * s.kernel_x, pixels = s.out_height * s.out_width;
@@ -70,7 +80,7 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
   T* first_x = scratch.take<T>(tile);
   const Corners<T> corners = take_corners<T>(scratch, tile);
   T* sums = scratch.take<T>(problem.out.count * tile * kOut);
-  T* columns = scratch.take<T>(pass.block_taps * problem.in.count * tile * kIn);
+  E* columns = scratch.take<E>(pass.block_taps * problem.in.count * tile * kIn);
   first_taps(s, begin, count, first_y, first_x);
 
   for (int64_t tap = 0; tap < taps; tap += pass.block_taps) {
@@ -81,7 +91,7 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
         panels = panels_of_offset_group(problem.in, panels.end, problem.in.count, g);
         for_each_run(begin, count, pixels, [&](const Run& run) {
           find_corners(problem, run, g, tap + t, first_y, first_x, corners);
-          gather_columns<T, NI>(problem, run, corners, panels,
+          gather_columns<T, NI, kDot>(problem, run, corners, panels,
                                 columns + (t * problem.in.count + panels.begin) * tile * kIn,
                                 tile * kIn);
         });
@@ -90,17 +100,19 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
     for (int64_t o = 0; o < problem.out.count; ++o) {
       const int64_t* group = problem.in.starts + problem.out.items[o].group;
       for (int64_t r = 0; r < rows; r += kPixelRows) {
-        ProductTile<T, kPixelRows, NO, kIn, 1> product;
+        ProductTile<E, kPixelRows, NO, kIn, 1> product;
         T* sum = sums + (o * tile + r) * kOut;
         if (tap == 0) {
           product.clear();
         } else {
           product.read(sum);
         }
-        const T* b = static_cast<const T*>(problem.packed) + (o * taps + tap) * per_group * kOut;
+        // Pairs take half of the room that was made for a panel.
+        const E* b = static_cast<const E*>(problem.packed) +
+                     (o * taps * kDepth + tap) * (per_group / kDepth) * kOut;
         for (int64_t t = 0; t < block; ++t) {
           for (int64_t q = group[0]; q < group[1]; ++q) {
-            const int64_t width = problem.in.items[q].width;
+            const int64_t width = problem.in.items[q].width / kDepth;
             product.add(columns + ((t * problem.in.count + q) * tile + r) * kIn, b, width);
             b += width * kOut;
           }
@@ -143,6 +155,13 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
 
 template <typename T>
 void deform_conv_forward(const ConvForward<T>& pass, int64_t begin, int64_t count, char* scratch) {
+#if D2DET_BF16_DOT
+  if constexpr (sizeof(T) == 4) {
+    if (pass.problem.bf16) {
+      return forward_tile<T, 2, 2, true>(pass, begin, count, Scratch{scratch});
+    }
+  }
+#endif
   const int in = pass.problem.in.vectors, out = pass.problem.out.vectors;
   const auto run = in == 1 ? (out == 1 ? &forward_tile<T, 1, 1> : &forward_tile<T, 1, 2>)
                            : (out == 1 ? &forward_tile<T, 2, 1> : &forward_tile<T, 2, 2>);
@@ -154,10 +173,12 @@ constexpr int channel_rows(int64_t panel_row) {
   return panel_row % 8 == 0 && D2DET_VECTOR_BYTES == 64 ? 8 : panel_row % 4 == 0 ? 4 : 2;
 }
 
-template <typename T, int NI, int NO>
+template <typename T, int NI, int NO, bool kDot = false>
 void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Scratch scratch) {
   constexpr int kLanes = Vec<T>::kSize, kIn = NI * kLanes, kOut = NO * kLanes;
   constexpr int kChannelRows = channel_rows(kOut);
+  using E = typename Factor<T, kDot>::type;
+  constexpr int kDepth = kDot ? 2 : 1;
   const ConvProblem<T>& problem = pass.problem;
   const ConvShape& s = problem.shape;
   const Panels &in = problem.in, &out = problem.out;
@@ -171,6 +192,8 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
   T* dots = scratch.take<T>(4 * tile);
   T* columns = scratch.take<T>((pass.panel_end - pass.panel_begin) * tile * kIn);
   T* grad = scratch.take<T>(out.count * tile * kOut);
+  // Pairs of output channels for the columns' gradient; the weights' takes pairs of pixels.
+  E* grad_rows = kDot ? scratch.take<E>(out.count * tile * kOut / 2) : reinterpret_cast<E*>(grad);
   first_taps(s, begin, count, first_y, first_x);
 
   const int64_t first_out = out.starts[in.items[pass.panel_begin].group];
@@ -195,19 +218,29 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
     }
   });
 
+  if constexpr (kDot) {
+    for (int64_t o = first_out; o < end_out; ++o) {
+      T* panel = grad + o * tile * kOut;
+      if (count < tile) memset(panel + count * kOut, 0, kOut * sizeof(T));
+      pair_neighbours(panel, tile * kOut, grad_rows + o * tile * kOut / 2);
+      pair_rows(panel, tile, kOut);
+    }
+  }
+
   for (int64_t tap = 0; tap < taps; ++tap) {
     if (products) {
       for (int64_t q = pass.panel_begin; q < pass.panel_end; ++q) {
         const int64_t* group = out.starts + in.items[q].group;
-        const T* weight =
-            static_cast<const T*>(problem.packed) + (tap * in.count + q) * outs * kIn;
+        const E* weight =
+            static_cast<const E*>(problem.packed) + (tap * in.count + q) * outs * kIn;
         for (int64_t r = 0; r < rows; r += kPixelRows) {
-          ProductTile<T, kPixelRows, NI, kOut, 1> product;
+          ProductTile<E, kPixelRows, NI, kOut / kDepth, 1> product;
           product.clear();
-          const T* b = weight;
+          const E* b = weight;
           for (int64_t o = group[0]; o < group[1]; ++o) {
-            product.add(grad + (o * tile + r) * kOut, b, out.items[o].width);
-            b += out.items[o].width * kIn;
+            const int64_t steps = out.items[o].width / kDepth;
+            product.add(grad_rows + (o * tile + r) * kOut / kDepth, b, steps);
+            b += steps * kIn;
           }
           product.write(columns + ((q - pass.panel_begin) * tile + r) * kIn);
         }
@@ -225,7 +258,7 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
           function(problem, run, corners, panels, group_columns, tile * kIn, pass.grad_rows, dots);
         };
         if (!products) {
-          gather_columns<T, NI>(problem, run, corners, panels, group_columns, tile * kIn);
+          gather_columns<T, NI, false>(problem, run, corners, panels, group_columns, tile * kIn);
         } else if (pass.grad_rows) {
           if (pass.grad_taps) {
             sample(pass.grad_packed ? &sample_backward<T, NI, true, true, true>
@@ -246,15 +279,20 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
 
     if (!pass.grad_packed) continue;
     for (int64_t q = pass.panel_begin; q < pass.panel_end; ++q) {
+      T* panel_columns = columns + (q - pass.panel_begin) * tile * kIn;
+      if constexpr (kDot) {
+        if (count < tile) memset(panel_columns + count * kIn, 0, kIn * sizeof(T));
+        pair_rows(panel_columns, (count + 1) / 2 * 2, kIn);
+      }
       const int64_t* group = out.starts + in.items[q].group;
       T* panel_sums = pass.grad_packed + (tap * in.count + q) * out.starts[1] * kOut * kIn;
       for (int64_t o = group[0]; o < group[1]; ++o) {
         for (int64_t m = 0; m < out.items[o].width; m += kChannelRows) {
-          ProductTile<T, kChannelRows, NI, 1, kOut> product;
+          ProductTile<E, kChannelRows, NI, 1, kOut> product;
           T* sum = panel_sums + ((o - group[0]) * kOut + m) * kIn;
           product.read(sum);
-          product.add(grad + o * tile * kOut + m, columns + (q - pass.panel_begin) * tile * kIn,
-                      count);
+          product.add(reinterpret_cast<const E*>(grad) + o * tile * kOut + m,
+                      reinterpret_cast<const E*>(panel_columns), (count + kDepth - 1) / kDepth);
           product.write(sum);
         }
       }
@@ -285,9 +323,14 @@ void deform_conv_backward(const ConvBackward<T>& pass, char* scratch) {
              (pass.panel_end - pass.panel_begin) * panel * sizeof(T));
     }
   }
-  const auto run = in.vectors == 1
+  auto run = in.vectors == 1
                        ? (out.vectors == 1 ? &backward_tile<T, 1, 1> : &backward_tile<T, 1, 2>)
                        : (out.vectors == 1 ? &backward_tile<T, 2, 1> : &backward_tile<T, 2, 2>);
+#if D2DET_BF16_DOT
+  if constexpr (sizeof(T) == 4) {
+    if (problem.bf16) run = &backward_tile<T, 2, 2, true>;
+  }
+#endif
   for (int64_t begin = pass.pixel_begin; begin < pass.pixel_end; begin += problem.tile) {
     const int64_t left = pass.pixel_end - begin;
     run(pass, begin, left < problem.tile ? left : problem.tile, Scratch{scratch});
