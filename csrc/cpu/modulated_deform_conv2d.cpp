@@ -1,0 +1,86 @@
+// Deformable convolution on CPU: tiles of output pixels in parallel.
+
+#include <cstdlib>
+
+#include "deform_conv_setup.h"
+
+namespace d2det {
+namespace {
+
+int64_t tuned(const char* name, int64_t value) {
+  const char* text = std::getenv(name);
+  return text ? std::atoll(text) : value;
+}
+
+template <typename T>
+Tensor forward(const ConvShape& s, const Tensor& input, const Tensor& offset,
+               const std::optional<Tensor>& mask, const Tensor& weight,
+               const std::optional<Tensor>& bias) {
+  Tensor output = new_output(input, {s.images, s.out_channels, s.out_height, s.out_width});
+  if (output.numel() == 0) return output;
+  const ConvTraits traits = D2DET_SELECT_ISA(conv_traits<T>)();
+  ConvTensors<T> tensors(s, input, offset, mask);
+  tensors.choose_products(input.scalar_type());
+  ConvForward<T> pass{};
+  pass.problem = tensors.problem;
+  ConvProblem<T>& problem = pass.problem;
+  const int64_t taps = s.kernel_y * s.kernel_x, per_group = s.channels / s.groups;
+  const int64_t threads = torch::stable::get_num_threads();
+
+  const Tensor given_weight = as(weight, kScalar<T>);
+  const int64_t out_row = problem.out.vectors * traits.lanes;
+  const int64_t in_row = problem.in.vectors * traits.lanes;
+  Memory packed(problem.out.count * taps * per_group * out_row * sizeof(T));
+  problem.packed = packed.data();
+  torch::stable::parallel_for(0, problem.out.count, 1, [&](int64_t begin, int64_t end) {
+    D2DET_SELECT_ISA(pack_for_forward<T>)
+    (problem, given_weight.const_data_ptr<T>(), begin, end, reinterpret_cast<T*>(packed.data()));
+  });
+  const std::optional<Tensor> given_bias =
+      bias ? std::optional<Tensor>(as(*bias, kScalar<T>)) : std::nullopt;
+  pass.bias = given_bias ? given_bias->const_data_ptr<T>() : nullptr;
+  pass.output = images(output);
+
+  const int64_t column_width = problem.in.count * in_row, sum_width = problem.out.count * out_row;
+  pass.block_taps = std::clamp<int64_t>(tuned("D2DET_K", 512) / column_width, 1, taps);
+  const int64_t all = s.images * s.out_height * s.out_width;
+  const int64_t fitting = std::max<int64_t>(
+      tuned("D2DET_TILE_BYTES", 400 << 10) /
+          ((pass.block_taps * column_width + sum_width) * static_cast<int64_t>(sizeof(T))),
+      traits.rows);
+  int64_t tiles = (all + fitting - 1) / fitting;
+  tiles = (tiles + threads - 1) / threads * threads;
+  const int64_t per_tile = (all + tiles - 1) / tiles;
+  problem.tile = (per_tile + traits.rows - 1) / traits.rows * traits.rows;
+  tiles = (all + problem.tile - 1) / problem.tile;
+  const int64_t bytes =
+      problem.tile * ((pass.block_taps * column_width + sum_width + 8) * sizeof(T) + 16) + 1024;
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const Memory scratch(bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      D2DET_SELECT_ISA(deform_conv_forward<T>)
+      (pass, i * problem.tile, std::min(problem.tile, all - i * problem.tile), scratch.data());
+    }
+  });
+  return output;
+}
+
+Tensor modulated_deform_conv2d(const Tensor& input, const Tensor& offset,
+                               const std::optional<Tensor>& mask, const Tensor& weight,
+                               const std::optional<Tensor>& bias, std::vector<int64_t> stride,
+                               std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                               bool /*allow_tf32*/) {
+  const ConvShape shape = conv_shape(input, offset, mask, weight, stride, padding, dilation);
+  if (bias) check_floating("bias", *bias, {shape.out_channels}, input);
+  const auto run =
+      input.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
+  return run(shape, input, offset, mask, weight, bias);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(d2det, CPU, m) {
+  m.impl("modulated_deform_conv2d", TORCH_BOX(&modulated_deform_conv2d));
+}
+
+}  // namespace d2det
