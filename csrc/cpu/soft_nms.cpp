@@ -1,89 +1,63 @@
-// Soft-NMS on CPU: classes in parallel, one pass over a class's remaining boxes for each one taken.
+// Soft-NMS on CPU: classes in parallel, one vectorised pass over a class's remaining boxes for each
+// one taken.
+
+#include "soft_nms.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <numeric>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
-#include "../tensor.h"
+#include "pixels.h"
 
 namespace d2det {
 namespace {
 
-enum class Method { kLinear, kGaussian, kHard };
-
-Method parse_method(std::string_view name) {
-  if (name == "linear") return Method::kLinear;
-  if (name == "gaussian") return Method::kGaussian;
+NmsMethod parse_method(std::string_view name) {
+  if (name == "linear") return NmsMethod::kLinear;
+  if (name == "gaussian") return NmsMethod::kGaussian;
   D2DET_CHECK(name == "hard", "method must be linear, gaussian or hard, got ", name);
-  return Method::kHard;
+  return NmsMethod::kHard;
 }
 
+// Memory for the boxes of one class.
 template <typename scalar_t>
-struct Settings {
-  Method method;
-  scalar_t iou_threshold;
-  scalar_t sigma;
-  scalar_t min_score;
-};
+class ClassBoxes {
+ public:
+  explicit ClassBoxes(int64_t most)
+      : room_((most + kNmsRoom - 1) / kNmsRoom * kNmsRoom), fields_(6 * room_), index_(room_) {}
 
-template <typename scalar_t>
-struct Candidate {
-  scalar_t x1, y1, x2, y2, area, score;
-  int64_t index;
-};
-
-template <typename scalar_t>
-scalar_t iou(const Candidate<scalar_t>& a, const Candidate<scalar_t>& b) {
-  const scalar_t zero = 0;
-  const scalar_t width = std::max(std::min(a.x2, b.x2) - std::max(a.x1, b.x1), zero);
-  const scalar_t height = std::max(std::min(a.y2, b.y2) - std::max(a.y1, b.y1), zero);
-  const scalar_t intersection = width * height;
-  const scalar_t joined = a.area + b.area - intersection;
-  const scalar_t result = intersection / joined;
-  return joined > zero && !std::isnan(result) ? result : zero;  // NaN fails the comparison
-}
-
-template <typename scalar_t>
-scalar_t factor(scalar_t overlap, const Settings<scalar_t>& settings) {
-  if (settings.method == Method::kGaussian) return std::exp(-(overlap * overlap) / settings.sigma);
-  if (!(overlap > settings.iou_threshold)) return 1;
-  // Plain NMS: a NaN score falls away whatever the minimum.
-  return settings.method == Method::kLinear ? 1 - overlap
-                                            : std::numeric_limits<scalar_t>::quiet_NaN();
-}
-
-// Takes the boxes of one class by falling score and writes what is left of their scores.
-// `live` is in rising order of index and stays so, hence the first of equal scores is the lowest.
-template <typename scalar_t>
-void suppress_class(std::vector<Candidate<scalar_t>>& live, const Settings<scalar_t>& settings,
-                    scalar_t* decayed) {
-  const auto lower = [](const auto& a, const auto& b) { return a.score < b.score; };
-  auto best = std::max_element(live.begin(), live.end(), lower);
-  while (best != live.end()) {
-    const Candidate<scalar_t> taken = *best;
-    decayed[taken.index] = taken.score;
-    size_t kept = 0, next = 0;
-    for (const Candidate<scalar_t>& other : live) {
-      if (other.index == taken.index) continue;
-      Candidate<scalar_t> moved = other;
-      moved.score *= factor(iou(taken, other), settings);
-      if (!(moved.score >= settings.min_score)) continue;  // written so that NaN falls away
-      live[kept] = moved;
-      if (live[next].score < moved.score) next = kept;
-      ++kept;
-    }
-    live.resize(kept);
-    best = live.begin() + next;
+  void clear() {
+    boxes_ = {field(0), field(1), field(2), field(3), field(4), field(5), index_.get(), 0};
   }
-}
+
+  void add(const scalar_t* box, scalar_t score, int64_t index) {
+    const int64_t i = boxes_.count++;
+    const scalar_t zero = 0;
+    boxes_.x1[i] = box[0];
+    boxes_.y1[i] = box[1];
+    boxes_.x2[i] = box[2];
+    boxes_.y2[i] = box[3];
+    boxes_.area[i] = std::max(box[2] - box[0], zero) * std::max(box[3] - box[1], zero);
+    boxes_.score[i] = score;
+    boxes_.index[i] = index;
+  }
+
+  const NmsBoxes<scalar_t>& boxes() const { return boxes_; }
+
+ private:
+  scalar_t* field(int64_t i) const { return fields_.get() + i * room_; }
+
+  int64_t room_;
+  Scratch<scalar_t> fields_;
+  Scratch<int64_t> index_;
+  NmsBoxes<scalar_t> boxes_{};
+};
 
 template <typename scalar_t>
 std::vector<scalar_t> decay(const Tensor& boxes, const Tensor& scores, const int64_t* classes,
-                            const Settings<scalar_t>& settings) {
+                            const NmsSettings<scalar_t>& settings) {
   const int64_t n = scores.size(0);
   const scalar_t* box = boxes.const_data_ptr<scalar_t>();
   const scalar_t* score = scores.const_data_ptr<scalar_t>();
@@ -99,19 +73,18 @@ std::vector<scalar_t> decay(const Tensor& boxes, const Tensor& scores, const int
 
   std::vector<scalar_t> decayed(n, -1);  // below any minimum: fell away
   const auto classes_found = static_cast<int64_t>(starts.size()) - 1;
+  int64_t most = 0;
+  for (int64_t i = 0; i < classes_found; ++i) most = std::max(most, starts[i + 1] - starts[i]);
+  const auto kernel = D2DET_SELECT_ISA(suppress_class<scalar_t>);
   torch::stable::parallel_for(0, classes_found, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Candidate<scalar_t>> live;
+    ClassBoxes<scalar_t> live(most);
     for (int64_t group = begin; group < end; ++group) {
       live.clear();
       for (int64_t i = starts[group]; i < starts[group + 1]; ++i) {
         const int64_t index = order[i];
-        if (!(score[index] >= settings.min_score)) continue;
-        const scalar_t* b = box + 4 * index;
-        const scalar_t zero = 0;
-        const scalar_t area = std::max(b[2] - b[0], zero) * std::max(b[3] - b[1], zero);
-        live.push_back({b[0], b[1], b[2], b[3], area, score[index], index});
+        if (score[index] >= settings.min_score) live.add(box + 4 * index, score[index], index);
       }
-      suppress_class(live, settings, decayed.data());
+      kernel(live.boxes(), settings, decayed.data());
     }
   });
   return decayed;
@@ -119,7 +92,8 @@ std::vector<scalar_t> decay(const Tensor& boxes, const Tensor& scores, const int
 
 template <typename scalar_t>
 std::tuple<Tensor, Tensor, Tensor> run(const Tensor& boxes, const Tensor& scores,
-                                       const Tensor& classes, const Settings<scalar_t>& settings) {
+                                       const Tensor& classes,
+                                       const NmsSettings<scalar_t>& settings) {
   const int64_t n = scores.size(0);
   constexpr ScalarType dtype = sizeof(scalar_t) == 8 ? ScalarType::Double : ScalarType::Float;
   const std::vector<scalar_t> decayed = decay<scalar_t>(
@@ -150,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& s
   check_indices("classes", classes, boxes.size(0), boxes);
   D2DET_CHECK(min_score >= 0 && sigma > 0, "min_score must be at least 0 and sigma above 0");
   const Tensor ids = as(classes, ScalarType::Long);
-  const Method parsed = parse_method(method);
+  const NmsMethod parsed = parse_method(method);
   if (boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double) {
     return run<double>(boxes, scores, ids, {parsed, iou_threshold, sigma, min_score});
   }

@@ -54,6 +54,7 @@ def test_equals_the_reference(count, classes, dtype, method):
     tensors = (boxes.to(dtype), scores.to(dtype), labels)
     check(tensors, method)
     check(tensors, method, min_score=0.3)
+    check(tensors, method, min_score=0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
