@@ -8,10 +8,9 @@
 
 #include <cstdint>
 
-namespace d2det {
+#include "element.h"
 
-// How numbers lie in memory, named here because torch's types come with inline functions.
-enum class Storage : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
+namespace d2det {
 
 // What an instruction set's kernels want: numbers in a vector, and the rows a tile is a multiple of.
 struct ConvTraits {
@@ -45,7 +44,7 @@ struct Panels {
 // Images as (N, C, H, W) or as (N, H, W, C), both without gaps.
 struct Images {
   void* data;
-  Storage storage;
+  Element type;
   bool channels_last;
 };
 

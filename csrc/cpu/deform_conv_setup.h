@@ -10,6 +10,7 @@
 #include "../tensor.h"
 #include "deform_conv_problem.h"
 #include "isa.h"
+#include "pixels.h"
 
 namespace d2det {
 
@@ -31,19 +32,6 @@ D2DET_FOR_EACH_ISA(
                                                       T* weight);
     template <typename T> void add_copies(T* sum, int64_t size, int64_t copies, int64_t begin,
                                           int64_t end);)
-
-inline Storage storage_of(const Tensor& value) {
-  switch (value.scalar_type()) {
-    case ScalarType::Double:
-      return Storage::kDouble;
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    default:
-      return Storage::kFloat;
-  }
-}
 
 template <typename T>
 constexpr ScalarType kScalar = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -68,7 +56,7 @@ struct PanelList {
 
 // A tensor that is contiguous or channels_last, as the kernels see it.
 inline Images images(const Tensor& value) {
-  return {value.data_ptr(), storage_of(value), !value.is_contiguous()};
+  return {value.data_ptr(), element_of(value), !value.is_contiguous()};
 }
 inline Tensor as_images(const Tensor& value) {
   return is_channels_last(value) || value.is_contiguous() ? value

@@ -122,7 +122,7 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
     }
   }
 
-  with_storage<T>(pass.output.storage, pass.output.data, [&](auto* output) {
+  with_element<T>(pass.output.type, pass.output.data, [&](auto* output) {
     for (int64_t o = 0; o < problem.out.count; ++o) {
       const Panel& panel = problem.out.items[o];
       T* sum = sums + o * tile * kOut;
@@ -198,7 +198,7 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
 
   const int64_t first_out = out.starts[in.items[pass.panel_begin].group];
   const int64_t end_out = out.starts[in.items[pass.panel_end - 1].group + 1];
-  with_storage<T>(pass.grad_output.storage, pass.grad_output.data, [&](auto* data) {
+  with_element<T>(pass.grad_output.type, pass.grad_output.data, [&](auto* data) {
     for (int64_t o = first_out; o < end_out; ++o) {
       const Panel& panel = out.items[o];
       T* to = grad + o * tile * kOut;

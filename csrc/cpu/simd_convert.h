@@ -36,6 +36,33 @@ inline __attribute__((always_inline)) Vec<double>::type load_as(const double* fr
 inline __attribute__((always_inline)) Floats load_as(const BFloat16Bits* from, float) {
   return (Floats)(widen(from) << 16);
 }
+inline __attribute__((always_inline)) void store_as(float* to, Floats value) { store(to, value); }
+inline __attribute__((always_inline)) void store_as(double* to, Vec<double>::type value) {
+  store(to, value);
+}
+// To the nearest, halves to even; NaN stays NaN.
+inline __attribute__((always_inline)) void store_as(BFloat16Bits* to, Floats value) {
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words quiet = (bits >> 16) | 0x40u;
+  narrow(to, (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+#if D2DET_VECTOR_BYTES == 64
+inline __attribute__((always_inline)) Floats load_as(const Float16Bits* from, float) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline __attribute__((always_inline)) void store_as(Float16Bits* to, Floats value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif D2DET_VECTOR_BYTES == 32
+inline __attribute__((always_inline)) Floats load_as(const Float16Bits* from, float) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline __attribute__((always_inline)) void store_as(Float16Bits* to, Floats value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, 0));
+}
+#else
 inline __attribute__((always_inline)) Floats load_as(const Float16Bits* from, float) {
   const Words bits = widen(from);
   const Words magnitude = (bits & 0x7fffu) << 13;
@@ -48,17 +75,6 @@ inline __attribute__((always_inline)) Floats load_as(const Float16Bits* from, fl
   return (Floats)(result | ((bits & 0x8000u) << 16));
 }
 
-inline __attribute__((always_inline)) void store_as(float* to, Floats value) { store(to, value); }
-inline __attribute__((always_inline)) void store_as(double* to, Vec<double>::type value) {
-  store(to, value);
-}
-// To the nearest, halves to even; NaN stays NaN.
-inline __attribute__((always_inline)) void store_as(BFloat16Bits* to, Floats value) {
-  const Words bits = (Words)value;
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Words quiet = (bits >> 16) | 0x40u;
-  narrow(to, (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
-}
 inline __attribute__((always_inline)) void store_as(Float16Bits* to, Floats value) {
   const Words bits = (Words)value;
   const Words magnitude = bits & 0x7fffffffu;
@@ -71,6 +87,7 @@ inline __attribute__((always_inline)) void store_as(Float16Bits* to, Floats valu
   result = magnitude > 0x7f800000u ? none + 0x7e00u : result;
   narrow(to, result | ((bits >> 16) & 0x8000u));
 }
+#endif
 
 // The first `count` numbers, fewer than a vector; the rest is 0.
 template <typename T, typename S>
