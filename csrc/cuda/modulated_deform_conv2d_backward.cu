@@ -369,7 +369,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (p.pixels == 0) {
     if (wanted.weight) torch::stable::zero_(result.weight);
   } else {
-    with_types(plan, [&]<typename Math, typename Storage>(ConvTypes<Math, Storage>) {
+    with_types(plan, [&](auto types) {
+      using Math = typename decltype(types)::Math;
+      using Storage = typename decltype(types)::Storage;
       const Operands operands = make_operands<Math, Storage>(plan, arguments, grad_output);
       if (wanted.input || wanted.offset || wanted.mask) {
         run_samples<Math, Storage>(plan, arguments, operands, wanted, deterministic, result);
