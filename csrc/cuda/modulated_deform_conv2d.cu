@@ -142,7 +142,9 @@ Tensor forward(Tensor input, Tensor offset, std::optional<Tensor> mask, Tensor w
   const ConvProblem& p = plan.problem;
   Tensor output = new_output(input, {p.images, p.out_channels, p.out_height, p.out_width});
   if (p.pixels == 0) return output;
-  with_types(plan, [&]<typename Math, typename Storage>(ConvTypes<Math, Storage>) {
+  with_types(plan, [&](auto types) {
+    using Math = typename decltype(types)::Math;
+    using Storage = typename decltype(types)::Storage;
     run_forward<Math, Storage>(plan, arguments, bias, output);
   });
   return output;

@@ -149,8 +149,11 @@ inline ConvPlan make_plan(const ConvArguments& a, bool allow_tf32) {
   return plan;
 }
 
-template <typename Math, typename Storage>
-struct ConvTypes {};
+template <typename MathType, typename StorageType>
+struct ConvTypes {
+  using Math = MathType;
+  using Storage = StorageType;  // of torch's tensors
+};
 
 // Calls run(ConvTypes<Math, Storage>()) for the arithmetic that the plan has chosen.
 template <typename Run>
