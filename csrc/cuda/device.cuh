@@ -58,8 +58,8 @@ extern __shared__ __align__(128) unsigned char d2det_dynamic_shared[];
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  const auto code = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  D2DET_CHECK(code == AOTI_TORCH_SUCCESS, "torch has no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -192,8 +192,8 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& values, bool descending) {
   using torch::stable::detail::to;
   std::array<StableIValue, 4> stack{from(values), from(std::optional<bool>(true)), from(int64_t{0}),
                                     from(descending)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  const auto code = torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION);
+  D2DET_CHECK(code == AOTI_TORCH_SUCCESS, "torch could not sort");
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
