@@ -129,25 +129,27 @@ class Backward {
 
   // From sums over channels to the gradients of offset and modulation.
   void add_sums(const RoiBatch<T>& batch, const RoiGroup& group) {
+    torch::stable::parallel_for(0, batch.count, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t q = begin; q < end; ++q) add_sums_of(batch, q, group.members[q]);
+    });
+  }
+
+  void add_sums_of(const RoiBatch<T>& batch, int64_t q, int64_t r) {
     const int64_t bins = batch.bins(), count = batch.count * bins * 3;
-    for (int64_t q = 0; q < batch.count; ++q) {
-      const int64_t r = group.members[q];
-      const T* roi = batch.rois + 5 * r;
-      const RoiSpan<T> x = roi_span(roi[1], roi[3], batch.scale, batch.convention);
-      const RoiSpan<T> y = roi_span(roi[2], roi[4], batch.scale, batch.convention);
-      for (int64_t bin = 0; bin < bins; ++bin) {
-        T sums[3] = {};
-        for (int64_t b = 0; b < threads_; ++b) {
-          const T* part = sums_.data() + b * count + (q * bins + bin) * 3;
-          for (int i = 0; i < 3; ++i) sums[i] += part[i];
-        }
-        if (grad_modulation_) grad_modulation_[r * bins + bin] = sums[0];
-        if (grad_offset_) {
-          const T scale = batch.modulation ? batch.modulation[r * bins + bin] : T(1);
-          grad_offset_[r * 2 * bins + bin] = sums[1] * scale * x.extent * batch.gamma;
-          grad_offset_[(r * 2 + 1) * bins + bin] = sums[2] * scale * y.extent * batch.gamma;
-        }
+    const T* roi = batch.rois + 5 * r;
+    const RoiSpan<T> x = roi_span(roi[1], roi[3], batch.scale, batch.convention);
+    const RoiSpan<T> y = roi_span(roi[2], roi[4], batch.scale, batch.convention);
+    for (int64_t bin = 0; bin < bins; ++bin) {
+      T sums[3] = {};
+      for (int64_t b = 0; b < threads_; ++b) {
+        const T* part = sums_.data() + b * count + (q * bins + bin) * 3;
+        for (int i = 0; i < 3; ++i) sums[i] += part[i];
       }
+      if (grad_modulation_) grad_modulation_[r * bins + bin] = sums[0];
+      if (!grad_offset_) continue;
+      const T scale = batch.modulation ? batch.modulation[r * bins + bin] : T(1);
+      grad_offset_[r * 2 * bins + bin] = sums[1] * scale * x.extent * batch.gamma;
+      grad_offset_[(r * 2 + 1) * bins + bin] = sums[2] * scale * y.extent * batch.gamma;
     }
   }
 

@@ -62,7 +62,6 @@ struct GradientTensor {
       const auto sizes = like.sizes();
       work = torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt, format);
     }
-    use_large_pages(work);
   }
 
   Tensor finish() {
