@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
-from detectron2.utils.analysis import _IGNORED_OPS
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
@@ -28,17 +27,26 @@ from torch import Tensor, nn
 from d2det.engine.setup import get_cfg
 
 SAMPLING = "sampling"
+DEFORM_CONV = "modulated_deform_conv2d"
+PRODUCTS = ("conv", "linear", "addmm", "matmul", "bmm", DEFORM_CONV)  # as fvcore calls them
+
+
+class Published(NamedTuple):
+    """What a paper says of a model: M parameters, and GFLOPs by the image's shorter side."""
+
+    parameters: float
+    gflops: Mapping[int, float]
+
 
 _REGULAR = "DCNv2/faster_rcnn_R_50_C5"
-# What the paper says each of its rows adds to the first: M parameters (Table 1), GFLOPs at a shorter
-# side of 800 (Table 2). The first row's are its totals.
+# DCNv2, Tables 1 and 2. The first row has totals, the others what they add to it.
 PAPER = {
-    _REGULAR: ("51.3", "196.8"),
-    f"{_REGULAR}_dconv_c5": ("+0.2", ""),
-    f"{_REGULAR}_dconv_c4-c5": ("+0.4", ""),
-    f"{_REGULAR}_dconv_c3-c5": ("+0.5", ""),
-    f"{_REGULAR}_dconv_c3-c5_dpool": ("+1.7", ""),
-    f"{_REGULAR}_mdconv_c3-c5_mdpool": ("+14.2", "+17.9"),
+    _REGULAR: Published(51.3, {800: 196.8, 1000: 326.7}),
+    f"{_REGULAR}_dconv_c5": Published(0.2, {}),
+    f"{_REGULAR}_dconv_c4-c5": Published(0.4, {}),
+    f"{_REGULAR}_dconv_c3-c5": Published(0.5, {}),
+    f"{_REGULAR}_dconv_c3-c5_dpool": Published(1.7, {}),
+    f"{_REGULAR}_mdconv_c3-c5_mdpool": Published(14.2, {800: 17.9, 1000: 19.5}),
 }
 
 
@@ -69,24 +77,17 @@ def count(cfg: CfgNode, height: int, width: int) -> Count:
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
     parameters = _count_parameters(model)
-    trace = _OnePass(model, cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
+    trace = OnePass(model, cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     analysis = FlopCountAnalysis(trace, (torch.rand(1, 3, height, width),))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
-    analysis.set_op_handle(**dict.fromkeys(_IGNORED_OPS))
-    analysis.set_op_handle(
-        **{
-            "d2det::modulated_deform_conv2d": _deform_conv,
-            "d2det::deform_roi_pool": _roi_pool,
-            "torchvision::roi_align": _roi_align,
-            "aten::group_norm": None,
-            "aten::upsample_nearest2d": None,
-        }
-    )
+    analysis.set_op_handle("d2det::modulated_deform_conv2d", _deform_conv)
+    analysis.set_op_handle("d2det::deform_roi_pool", _roi_pool)
+    analysis.set_op_handle("torchvision::roi_align", _roi_align)
     with torch.no_grad():
         by_operator = analysis.by_operator()
-    sampling = by_operator.pop(SAMPLING, 0)
-    return Count(parameters, int(sum(by_operator.values())), int(sampling))
+    products = sum(int(by_operator[name]) for name in PRODUCTS)  # norms, for one, are left out
+    return Count(parameters, products, int(by_operator[SAMPLING]))
 
 
 def _count_parameters(model: nn.Module) -> int:
@@ -98,7 +99,7 @@ def _count_parameters(model: nn.Module) -> int:
     return total + sum(frozen)
 
 
-class _OnePass(nn.Module):
+class OnePass(nn.Module):
     """The layers that a detector runs on one image, on fixed numbers of RoIs."""
 
     def __init__(self, model: nn.Module, num_rois: int, num_detections: int) -> None:
@@ -146,7 +147,7 @@ def _deform_conv(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
     batch, _, *size = output = get_shape(outputs[0])
     return Counter(
         {
-            "modulated_deform_conv2d": prod(output) * per_group * prod(kernel),
+            DEFORM_CONV: prod(output) * per_group * prod(kernel),
             SAMPLING: 4 * batch * channels * prod(kernel) * prod(size),
         }
     )
@@ -167,20 +168,22 @@ def table(names: Sequence[str], height: int, width: int) -> str:
     rows, first = [], None
     for name in names:
         found = count(get_cfg(name), height, width)
+        published = PAPER.get(name, Published(float("nan"), {}))
+        form = ".1f" if first is None else "+.1f"
         first = first or found
-        paper = PAPER.get(name, ("", ""))
         rows.append(
             [
                 name.removeprefix("DCNv2/"),
                 f"{found.parameters / 1e6:.1f}",
                 f"{(found.parameters - first.parameters) / 1e6:+.2f}",
-                paper[0],
+                f"{published.parameters:{form}}",
                 f"{found.products / 1e9:.1f}",
                 f"{(found.products - first.products) / 1e9:+.1f}",
-                paper[1],
-                f"{found.sampling / 1e9:.2f}",
+                f"{published.gflops.get(min(height, width), float('nan')):{form}}",
+                f"{found.sampling / 1e9:.1f}",
             ]
         )
+    rows = [["" if cell.endswith("nan") else cell for cell in row] for row in rows]
     header = ["config", "M parameters", "added", "paper", "GFLOPs", "added", "paper", "sampling"]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
