@@ -137,6 +137,18 @@ def test_trains_and_predicts(name, small_cfg, with_masks):
     assert found.has("pred_masks") == name.startswith("mask")
 
 
+def test_d2det_r101_dcn_is_the_releases():
+    """Modulated convolution in conv3 to conv5, offsets at the full rate, one point in each bin."""
+    cfg = add_d2det_config(get_cfg())
+    cfg.merge_from_file(str(CONFIGS / "COCO-Detection/d2det_R_101_DCNv2_FPN_2x.yaml"))
+    resnets = cfg.MODEL.RESNETS
+    assert (resnets.DEPTH, resnets.DEFORM_MODULATED, resnets.TRAIN_NORM_AFFINE) == (101, True, True)
+    assert resnets.DEFORM_ON_PER_STAGE == [False, True, True, True]
+    assert resnets.DEFORM_NUM_GROUPS == 1
+    assert cfg.SOLVER.OFFSET_LR_FACTOR == 1.0
+    assert cfg.MODEL.ROI_BOX_HEAD.DRP.SAMPLING_RATIO == 1
+
+
 def test_an_fpn_of_detectron2(small_cfg, with_masks):
     """Plain Mask R-CNN with a pyramid: only the names of heads and poolers change."""
     cfg = small_cfg(
