@@ -70,7 +70,7 @@ def count(cfg: CfgNode, height: int, width: int) -> Count:
     Args:
         cfg: of a `GeneralizedRCNN` with `StandardROIHeads`, `DeformableROIHeads` or
             `D2DetROIHeads`; MODEL.DEVICE and MODEL.WEIGHTS are not read.
-        height, width: of the image that the network sees, in pixels.
+        height, width: of the image, in pixels, before it is padded as the backbone needs.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -78,7 +78,9 @@ def count(cfg: CfgNode, height: int, width: int) -> Count:
     model = build_model(cfg).eval()
     parameters = _count_parameters(model)
     trace = OnePass(model, cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
-    analysis = FlopCountAnalysis(trace, (torch.rand(1, 3, height, width),))
+    step = max(1, model.backbone.size_divisibility)
+    padded = (-(-side // step) * step for side in (height, width))
+    analysis = FlopCountAnalysis(trace, (torch.rand(1, 3, *padded),))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     analysis.set_op_handle("d2det::modulated_deform_conv2d", _deform_conv)

@@ -82,7 +82,10 @@ def test_offsets_start_at_zero_and_train(depth, modulated, resnet):
     outputs = model.train()(torch.randn(2, 3, 64, 64))
     sum(v.square().sum() for v in outputs.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert all(p.grad.abs().max() > 0 for p in offsets)
+    for parameter in offsets:  # first those of offsets, then those of modulation
+        parts = parameter.grad.split(18)
+        assert len(parts) == (2 if modulated else 1)
+        assert all(part.abs().max() > 0 for part in parts)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
