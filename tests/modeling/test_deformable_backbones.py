@@ -230,6 +230,17 @@ def test_blocks_compute_what_torchvisions_layer_does(kind, dilation, groups, mod
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [DeformBasicBlock, DeformBottleneckBlock])
+def test_blocks_compile_into_one_graph(kind):
+    extra = {"bottleneck_channels": 4} if kind is DeformBottleneckBlock else {}
+    block = kind(8, 12, stride=2, deform_modulated=True, norm="BN", **extra).eval()
+    randomise_offsets(block)
+    x = torch.randn(1, 8, 12, 10)
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
