@@ -32,6 +32,7 @@ def add_d2det_config(cfg: CfgNode) -> CfgNode:
         return cfg
     _add_roi_heads(cfg, CN)
     _add_discriminative_roi_pooling(cfg, CN)
+    _add_deformable_roi_pooling(cfg, CN)
     _add_dense_regression(cfg, CN)
     _add_backbone(cfg)
     _add_solver(cfg)
@@ -78,6 +79,20 @@ def _add_discriminative_roi_pooling(cfg: CfgNode, CN: type) -> None:
     drp.CONVENTION = "aligned"
 
 
+def _add_deformable_roi_pooling(cfg: CfgNode, CN: type) -> None:
+    # Read where POOLER_TYPE of ROI_BOX_HEAD, or of ROI_MASK_HEAD, is "DeformRoIPooler" (Dai et al.,
+    # ICCV 2017) or "ModulatedDeformRoIPooler" (DCNv2: Zhu et al., CVPR 2019, Sec. 3.2). In
+    # detectron2's own models, with ROI_HEADS.NAME "DeformableROIHeads".
+    cfg.MODEL.DEFORM_ROI_POOLING = deform = CN()
+    deform.GAMMA = 0.1  # an offset of 1 shifts a bin by this fraction of the RoI's size
+    deform.SAMPLING_RATIO = 2  # points a side in each bin
+    # Side of the RoI features from which offsets are predicted. A mask head's 14 x 14 pooling has
+    # the same: 14 would cost it 51 M parameters in the first FC layer alone.
+    deform.OFFSET_RESOLUTION = 7
+    deform.FC_DIM = 1024  # width of the modulated form's two hidden layers; the other has none
+    deform.CONVENTION = "aligned"  # or "psroi", as for DRP
+
+
 def _add_dense_regression(cfg: CfgNode, CN: type) -> None:
     # Sec. 3.1.
     cfg.MODEL.ROI_DENSE_REGRESSION_HEAD = dense = CN()
@@ -113,6 +128,9 @@ def _add_backbone(cfg: CfgNode) -> None:
     # statistics but trains scale and shift in the stages that are not frozen (recipe of the
     # releases; 38.5 against 37.9 AP in MMDetection's Table 6).
     cfg.MODEL.RESNETS.TRAIN_NORM_AFFINE = False
+    # Read by "build_d2det_resnet_c5_backbone": channels of its output "c5", conv5 reduced by a
+    # 1 x 1 convolution (DCNv2's detector, which has no pyramid).
+    cfg.MODEL.RESNETS.C5_CHANNELS = 256
 
 
 def _add_solver(cfg: CfgNode) -> None:
@@ -121,6 +139,9 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
     # Forward and backward passes before each optimizer step; an iteration is one step.
     cfg.SOLVER.ACCUMULATE = 1
+    # Learning rate of the layers that predict a deformable convolution's offsets and modulation, as
+    # a multiple of the others' (DCNv2: 0.1; D2Det's releases: 1). RoI poolers are not meant.
+    cfg.SOLVER.OFFSET_LR_FACTOR = 1.0
     # Precision under SOLVER.AMP.ENABLED: "fp16", "bf16", or "auto" (fp16 on GPU, bf16 on CPU).
     cfg.SOLVER.AMP.PRECISION = "auto"
     # Metric whose best value is kept as model_best.pth, e.g. "bbox/AP"; empty: not kept.

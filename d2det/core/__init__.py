@@ -4,6 +4,7 @@ Shape letters used throughout: R, number of RoIs; C, channels; k, side of the Ro
 classes; L, number of feature levels. Boxes are (x1, y1, x2, y2) in pixels, widths are x2 - x1.
 """
 
+from d2det.core.deformable_pooling import DeformablePooling
 from d2det.core.dense_regression import DensePrediction, DenseRegression
 from d2det.core.discriminative_pooling import DiscriminativePooling
 from d2det.core.grid import average_boxes, cell_centers, decode_offsets, encode_offsets
@@ -24,6 +25,7 @@ from d2det.core.selection import (
 
 __all__ = [
     "Candidates",
+    "DeformablePooling",
     "DensePrediction",
     "DenseRegression",
     "DiscriminativePooling",

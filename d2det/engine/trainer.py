@@ -24,6 +24,7 @@ from d2det.engine.amp import amp_dtype, autocast_calls
 from d2det.engine.checkpoint import Checkpointer
 from d2det.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint, PreciseBN
 from d2det.engine.loader import TrainLoader, build_train_loader
+from d2det.engine.optimizer import scale_offset_lr
 from d2det.engine.resume import keep_earlier, set_rng_state, trim_metrics
 from d2det.engine.step import StepTrainer, distribute, share_buffers
 
@@ -170,7 +171,9 @@ class Trainer(DefaultTrainer):
             cfg = cfg.clone()
             cfg.defrost()
             cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        return super().build_optimizer(cfg, model)
+        optimizer = super().build_optimizer(cfg, model)
+        scale_offset_lr(optimizer, model, cfg.SOLVER.OFFSET_LR_FACTOR)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:

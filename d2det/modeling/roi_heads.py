@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -33,10 +33,11 @@ from d2det.modeling.box_branches import (
 from d2det.modeling.dense_head import build_dense_regression_head
 from d2det.modeling.pooler import build_box_pooler
 from d2det.modeling.shapes import channels_and_strides
+from d2det.modeling.standard_heads import DeformableROIHeads
 
 
 @ROI_HEADS_REGISTRY.register()
-class D2DetROIHeads(StandardROIHeads):
+class D2DetROIHeads(DeformableROIHeads):
     """Separate branches for what an object is and where it is (Sec. 3).
 
     The classification branch scores the proposals; the dense regression branch moves the best of

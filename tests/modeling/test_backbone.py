@@ -22,9 +22,10 @@ def test_narrow_resnet18(small_cfg):
         "p3": (16, 8, 8), "p4": (16, 4, 4), "p5": (16, 2, 2), "p6": (16, 1, 1)
     }  # fmt: skip
     assert sum(isinstance(m, torch.nn.Conv2d) for m in backbone.bottom_up.modules()) == 20
-    cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, False, True]
-    with pytest.raises(ValueError, match="DEPTH 18 supports neither deformable"):
-        build_backbone(cfg)
+    for key, value in (("NUM_GROUPS", 2), ("RES5_DILATION", 4), ("DEPTH", 20)):
+        wrong = small_cfg("quickstart.yaml", f"MODEL.RESNETS.{key}", value)
+        with pytest.raises(ValueError, match=f"MODEL.RESNETS.{key} is {value}"):
+            build_backbone(wrong)
 
 
 @pytest.mark.parametrize("modulated", [True, False])
