@@ -29,7 +29,7 @@ DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
 
 # The extension uses torch's stable ABI as of torch 2.11, so that it runs with every later torch,
 # whichever one it was built with.
-STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")]
+STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 
 
 class BuildPyWithConfigs(build_py):
@@ -79,7 +79,7 @@ def extension_arguments() -> dict[str, Any]:
             os.environ["TORCH_CUDA_ARCH_LIST"] = _present_gpus() or DEFAULT_ARCHITECTURES
     from torch.utils import cpp_extension
 
-    flags = ["-O3", "-fvisibility=hidden"]
+    flags = ["-O3", "-g0", "-fvisibility=hidden"]
     common = {
         "include_dirs": [str(ROOT / "csrc")],
         "define_macros": STABLE_ABI,
