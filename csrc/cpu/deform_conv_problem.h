@@ -13,7 +13,8 @@ namespace d2det {
 // How numbers lie in memory, named here because torch's types come with inline functions.
 enum class Storage : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 
-// What an instruction set's kernels want: numbers in a vector, and the rows a tile is a multiple of.
+// What an instruction set's kernels want: numbers in a vector, and the rows a tile is a multiple
+// of.
 struct ConvTraits {
   int64_t lanes, rows;
 };
@@ -33,8 +34,8 @@ struct Panel {
   int32_t offset_group;  // of input channels only
 };
 
-// The panels of one side; those of weight group s are [starts[s], starts[s + 1]). In packed matrices
-// each is padded to `vectors` (1 or 2) vectors.
+// The panels of one side; those of weight group s are [starts[s], starts[s + 1]). In packed
+// matrices each is padded to `vectors` (1 or 2) vectors.
 struct Panels {
   const Panel* items;
   const int64_t* starts;
