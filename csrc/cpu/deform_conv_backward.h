@@ -27,6 +27,31 @@ inline __attribute__((always_inline)) void store_sums(typename Vec<T>::type a,
   }
 }
 
+// Pixels between the one that is worked on and the one that is fetched into the cache.
+constexpr int64_t kFetchAhead = 4;
+
+// Asks for what a later pixel reads and writes: the processor does not foresee its corners.
+template <typename T>
+inline __attribute__((always_inline)) void prefetch_corners(const ConvProblem<T>& problem,
+                                                            const Run& run,
+                                                            const Corners<T>& corners,
+                                                            PanelRange panels, int64_t pixel,
+                                                            const T* rows, T* grad_rows) {
+  const ConvShape& s = problem.shape;
+  if (pixel >= run.start + run.count) return;
+  const Panel& last = problem.in.items[panels.end - 1];
+  const int64_t begin = problem.in.items[panels.begin].channel, end = last.channel + last.width;
+  const int64_t image = run.image * s.height * s.width * s.channels;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = image + corners.index[i][pixel] * s.channels;
+    for (int64_t c = begin; c < end; c += 64 / sizeof(T)) {
+      __builtin_prefetch(rows + at + c);
+      if (grad_rows) __builtin_prefetch(grad_rows + at + c, 1);
+    }
+  }
+}
+
 // Reads the gradient of the columns of one run, `columns`. kScatter: adds to the gradient of the
 // input; kDots: writes the products of the gradient with the four corners to `dots` (pixels, 4) in
 // the order of store_sums; kColumns: leaves the columns in `columns`.
@@ -47,6 +72,8 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
     }
     // Corners that were clamped to the border are the same pixel as another.
     const bool distinct = at[0] != at[1] && at[0] != at[2];
+    prefetch_corners(problem, run, corners, panels, p + kFetchAhead, problem.rows,
+                     kScatter ? grad_rows : nullptr);
     V sum[4] = {};
     T rest[4] = {};
     T* column = columns + p * row;
@@ -114,8 +141,7 @@ inline void tap_gradients(const ConvProblem<T>& problem, const Run& run, int64_t
   const T tap_y = T(tap / s.kernel_x * s.dilation_y), tap_x = T(tap % s.kernel_x * s.dilation_x);
   const TapInputs<T> in = tap_inputs(problem, run, group, tap);
   const int64_t kind = s.images * s.offset_groups * taps * pixels;
-  T* grad =
-      grad_taps + ((run.image * s.offset_groups + group) * taps + tap) * pixels + run.first;
+  T* grad = grad_taps + ((run.image * s.offset_groups + group) * taps + tap) * pixels + run.first;
   for (int64_t i = 0; i < run.count; ++i) {
     const int64_t p = run.start + i;
     const Neighbours<T> y =

@@ -1,8 +1,8 @@
 // Sampling for deformable convolution: where the taps of a tile's pixels lie, and the columns, the
 // sampled values that the weights are multiplied with.
 //
-// A tile is a run of output pixels. Columns are panels: panel q of a tap is (tile, row), where a row
-// is as many vectors as the panel is padded to, so that the product reads without gaps.
+// A tile is a run of output pixels. Columns are panels: panel q of a tap is (tile, row), where a
+// row is as many vectors as the panel is padded to, so that the product reads without gaps.
 
 namespace d2det::D2DET_ISA {
 
@@ -131,9 +131,9 @@ inline PanelRange panels_of_offset_group(const Panels& panels, int64_t begin, in
 // bfloat16. The sum starts at zero, as in sample_backward: the same order of operations gives both
 // the same bits.
 template <typename T, int NV, bool kDot>
-inline void gather_columns(const ConvProblem<T>& problem, const Run& run,
-                           const Corners<T>& corners, PanelRange panels,
-                           typename Factor<T, kDot>::type* columns, int64_t panel_stride) {
+inline void gather_columns(const ConvProblem<T>& problem, const Run& run, const Corners<T>& corners,
+                           PanelRange panels, typename Factor<T, kDot>::type* columns,
+                           int64_t panel_stride) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::kSize, row = NV * lanes, stored = kDot ? row / 2 : row;
   const ConvShape& s = problem.shape;

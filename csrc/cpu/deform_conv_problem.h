@@ -12,7 +12,8 @@
 
 namespace d2det {
 
-// What an instruction set's kernels want: numbers in a vector, and the rows a tile is a multiple of.
+// What an instruction set's kernels want: numbers in a vector, and the rows a tile is a multiple
+// of.
 struct ConvTraits {
   int64_t lanes, rows;
 };
@@ -32,8 +33,8 @@ struct Panel {
   int32_t offset_group;  // of input channels only
 };
 
-// The panels of one side; those of weight group s are [starts[s], starts[s + 1]). In packed matrices
-// each is padded to `vectors` (1 or 2) vectors.
+// The panels of one side; those of weight group s are [starts[s], starts[s + 1]). In packed
+// matrices each is padded to `vectors` (1 or 2) vectors.
 struct Panels {
   const Panel* items;
   const int64_t* starts;

@@ -30,23 +30,22 @@ ConvShape conv_shape(const Tensor& input, const Tensor& offset, const std::optio
   D2DET_CHECK(s.channels % per_group == 0 && s.out_channels % (s.channels / per_group) == 0,
               "weight of shape ", shape_text(weight), " does not fit input of shape ",
               shape_text(input));
-  D2DET_CHECK(s.height * s.width < (int64_t(1) << 31) - 1,
-              "input of shape ", shape_text(input), " has more than 2^31 - 2 pixels in an image");
+  D2DET_CHECK(s.height * s.width < (int64_t(1) << 31) - 1, "input of shape ", shape_text(input),
+              " has more than 2^31 - 2 pixels in an image");
   s.groups = s.channels / per_group;
   s.out_height =
       (s.height + 2 * s.padding_y - s.dilation_y * (s.kernel_y - 1) - 1) / s.stride_y + 1;
-  s.out_width =
-      (s.width + 2 * s.padding_x - s.dilation_x * (s.kernel_x - 1) - 1) / s.stride_x + 1;
+  s.out_width = (s.width + 2 * s.padding_x - s.dilation_x * (s.kernel_x - 1) - 1) / s.stride_x + 1;
   D2DET_CHECK(s.height + 2 * s.padding_y > s.dilation_y * (s.kernel_y - 1) &&
                   s.width + 2 * s.padding_x > s.dilation_x * (s.kernel_x - 1),
               "weight of shape ", shape_text(weight), " is larger than the padded input of shape ",
               shape_text(input));
   check_floating("offset", offset, {s.images, -1, s.out_height, s.out_width}, input);
   s.offset_groups = offset.size(1) / (2 * taps);
-  D2DET_CHECK(s.offset_groups > 0 && offset.size(1) % (2 * taps) == 0 &&
-                  s.channels % s.offset_groups == 0,
-              "offset of shape ", shape_text(offset), " does not fit input of shape ",
-              shape_text(input), " and weight of shape ", shape_text(weight));
+  D2DET_CHECK(
+      s.offset_groups > 0 && offset.size(1) % (2 * taps) == 0 && s.channels % s.offset_groups == 0,
+      "offset of shape ", shape_text(offset), " does not fit input of shape ", shape_text(input),
+      " and weight of shape ", shape_text(weight));
   if (mask) {
     check_floating("mask", *mask, {s.images, s.offset_groups * taps, s.out_height, s.out_width},
                    input);

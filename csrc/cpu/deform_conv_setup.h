@@ -24,14 +24,14 @@ D2DET_FOR_EACH_ISA(
                                                 int64_t begin, int64_t end, T* packed);
     template <typename T> void pack_for_backward(const ConvProblem<T>&, const T* weight,
                                                  int64_t begin, int64_t end, T* packed);
-    template <typename T> void deform_conv_forward(const ConvForward<T>&, int64_t begin,
-                                                   int64_t count, char* scratch);
+    template <typename T>
+    void deform_conv_forward(const ConvForward<T>&, int64_t begin, int64_t count, char* scratch);
     template <typename T> void deform_conv_backward(const ConvBackward<T>&, char* scratch);
-    template <typename T> void unpack_weight_gradient(const ConvProblem<T>&, T* packed,
-                                                      int64_t copies, int64_t begin, int64_t end,
-                                                      T* weight);
-    template <typename T> void add_copies(T* sum, int64_t size, int64_t copies, int64_t begin,
-                                          int64_t end);)
+    template <typename T>
+    void unpack_weight_gradient(const ConvProblem<T>&, T* packed, int64_t copies, int64_t begin,
+                                int64_t end, T* weight);
+    template <typename T>
+    void add_copies(T* sum, int64_t size, int64_t copies, int64_t begin, int64_t end);)
 
 template <typename T>
 constexpr ScalarType kScalar = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
@@ -88,7 +88,8 @@ struct ConvTensors {
               const std::optional<Tensor>& given_mask);
 
   // Products of bfloat16 where the operands are that, the processor has them, and every sum runs
-  // over whole pairs. Columns are rounded to bfloat16 then, as the inputs of a plain convolution are.
+  // over whole pairs. Columns are rounded to bfloat16 then, as the inputs of a plain convolution
+  // are.
   void choose_products(ScalarType type);
 
   // (N, H, W, C) in T, and where the input lies so already, the input.

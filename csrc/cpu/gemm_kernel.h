@@ -1,6 +1,6 @@
-// The inner kernel of a packed matrix product: a tile of C held in registers, in which rows of A are
-// broadcast and rows of B are vectors. A and B are read with strides known to the compiler, so that
-// each address is a base and a constant.
+// The inner kernel of a packed matrix product: a tile of C held in registers, in which rows of A
+// are broadcast and rows of B are vectors. A and B are read with strides known to the compiler, so
+// that each address is a base and a constant.
 
 namespace d2det::D2DET_ISA {
 
@@ -58,8 +58,8 @@ struct Dot<Bf16Pair> {
 #endif
 
 #if D2DET_BF16_DOT
-// In place: rows 2i and 2i + 1, rounded, become the row i of pairs. `count` rows, an even number, of
-// `width` numbers.
+// In place: rows 2i and 2i + 1, rounded, become the row i of pairs. `count` rows, an even number,
+// of `width` numbers.
 inline void pair_rows(float* rows, int64_t count, int64_t width) {
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 16; ++i) order[2 * i] = i, order[2 * i + 1] = 16 + i;
@@ -76,8 +76,8 @@ inline void pair_rows(float* rows, int64_t count, int64_t width) {
 // Neighbours in a row become pairs; `count` numbers, a multiple of 32.
 inline void pair_neighbours(const float* from, int64_t count, Bf16Pair* to) {
   for (int64_t i = 0; i < count; i += 32) {
-    _mm512_storeu_si512(
-        to + i / 2, (__m512i)_mm512_cvtne2ps_pbh(load(from + i + 16), load(from + i)));
+    _mm512_storeu_si512(to + i / 2,
+                        (__m512i)_mm512_cvtne2ps_pbh(load(from + i + 16), load(from + i)));
   }
 }
 #else

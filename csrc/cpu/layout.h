@@ -26,8 +26,8 @@ inline void transpose_copy(const S* from, int64_t stride, int64_t rows, int64_t 
         for (int64_t r = 0; r < lanes; ++r) {
           const S* row_of = corner + r * stride;
           const int64_t count = r < count_i ? count_j : 0;
-          square[r] = count && row_of + lanes <= end ? load_as(row_of, T())
-                                                     : load_some<T>(row_of, count);
+          square[r] =
+              count && row_of + lanes <= end ? load_as(row_of, T()) : load_some<T>(row_of, count);
         }
       }
       transpose<T>(square);

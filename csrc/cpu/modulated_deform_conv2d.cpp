@@ -1,16 +1,14 @@
 // Deformable convolution on CPU: tiles of output pixels in parallel.
 
-#include <cstdlib>
-
 #include "deform_conv_setup.h"
 
 namespace d2det {
 namespace {
 
-int64_t tuned(const char* name, int64_t value) {
-  const char* text = std::getenv(name);
-  return text ? std::atoll(text) : value;
-}
+// Bytes that columns and sums of one tile may take: they are to stay in the second-level cache.
+constexpr int64_t kTileBytes = 400 << 10;
+// Length of a sum that is made at a time: long enough that reading and writing sums does not count.
+constexpr int64_t kBlockLength = 512;
 
 template <typename T>
 Tensor forward(const ConvShape& s, const Tensor& input, const Tensor& offset,
@@ -42,11 +40,10 @@ Tensor forward(const ConvShape& s, const Tensor& input, const Tensor& offset,
   pass.output = images(output);
 
   const int64_t column_width = problem.in.count * in_row, sum_width = problem.out.count * out_row;
-  pass.block_taps = std::clamp<int64_t>(tuned("D2DET_K", 512) / column_width, 1, taps);
+  pass.block_taps = std::clamp<int64_t>(kBlockLength / column_width, 1, taps);
   const int64_t all = s.images * s.out_height * s.out_width;
   const int64_t fitting = std::max<int64_t>(
-      tuned("D2DET_TILE_BYTES", 400 << 10) /
-          ((pass.block_taps * column_width + sum_width) * static_cast<int64_t>(sizeof(T))),
+      kTileBytes / ((pass.block_taps * column_width + sum_width) * static_cast<int64_t>(sizeof(T))),
       traits.rows);
   int64_t tiles = (all + fitting - 1) / fitting;
   tiles = (tiles + threads - 1) / threads * threads;
@@ -72,8 +69,7 @@ Tensor modulated_deform_conv2d(const Tensor& input, const Tensor& offset,
                                bool /*allow_tf32*/) {
   const ConvShape shape = conv_shape(input, offset, mask, weight, stride, padding, dilation);
   if (bias) check_floating("bias", *bias, {shape.out_channels}, input);
-  const auto run =
-      input.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
+  const auto run = input.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
   return run(shape, input, offset, mask, weight, bias);
 }
 

@@ -2,17 +2,16 @@
 // and a range of output pixels: blocks write to different places, and only where there are more
 // threads than blocks do ranges of pixels get copies of what they share, added in a fixed order.
 
-#include <cstdlib>
-
 #include "deform_conv_setup.h"
 
 namespace d2det {
 namespace {
 
-int64_t tuned(const char* name, int64_t value) {
-  const char* text = std::getenv(name);
-  return text ? std::atoll(text) : value;
-}
+// Bytes that the columns of a block and the gradient of the output may take for one tile: they are
+// to stay in the second-level cache.
+constexpr int64_t kTileBytes = 400 << 10;
+// Channels in a block: their weights of one tap, and the gradient of these, stay there too.
+constexpr int64_t kBlockChannels = 128;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,8 +48,7 @@ struct Target {
   Tensor values;  // contiguous, T
 
   Target(const Tensor& given, bool needed)
-      : result(needed ? torch::stable::empty_like(given)
-                      : torch::stable::new_empty(given, {0})),
+      : result(needed ? torch::stable::empty_like(given) : torch::stable::new_empty(given, {0})),
         values(needed && !direct() ? torch::stable::empty(given.sizes(), kScalar<T>) : result) {}
 
   bool direct() const { return result.scalar_type() == kScalar<T> && result.is_contiguous(); }
@@ -102,9 +100,7 @@ void Backward<T>::run(T* grad_rows, T* grad_taps, T* grad_packed) {
   const int64_t grad_width = problem.out.count * out_row;
   const int64_t pixels = shape.out_height * shape.out_width;
   const int64_t fitting = std::max<int64_t>(
-      tuned("D2DET_TILE_BYTES_B", 400 << 10) /
-          ((column_width + grad_width) * static_cast<int64_t>(sizeof(T))),
-      traits.rows);
+      kTileBytes / ((column_width + grad_width) * static_cast<int64_t>(sizeof(T))), traits.rows);
   const int64_t longest = split.bands > 1 ? divide_up(pixels, split.bands)
                                           : divide_up(shape.images, split.ranges) * pixels;
   const int64_t tiles = divide_up(longest, fitting);
@@ -172,9 +168,11 @@ void Backward<T>::reduce_taps(const T* grad_taps, T* grad_offset, T* grad_mask) 
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const ConvShape& s, const Tensor& grad_output, const Tensor& input, const Tensor& offset,
-    const std::optional<Tensor>& mask, const Tensor& weight, const std::vector<bool>& needed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const ConvShape& s, const Tensor& grad_output,
+                                                    const Tensor& input, const Tensor& offset,
+                                                    const std::optional<Tensor>& mask,
+                                                    const Tensor& weight,
+                                                    const std::vector<bool>& needed) {
   const bool need_mask = needed[2] && mask;
   Target<T> offset_target(offset, needed[1]);
   Target<T> mask_target(need_mask ? *mask : input, need_mask);
@@ -196,7 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   pass.all = s.images * s.out_height * s.out_width;
   const ConvProblem<T>& problem = pass.tensors.problem;
   pass.split = split_work(threads, problem.in.count, s.images);
-  pass.split.blocks = std::min(tuned("D2DET_BLOCKS", pass.split.blocks), problem.in.count);
+  const int64_t block_panels = divide_up(problem.in.count, pass.split.blocks);
+  const int64_t parts = divide_up(block_panels * problem.in.vectors * traits.lanes, kBlockChannels);
+  pass.split.blocks = std::min(pass.split.blocks * parts, problem.in.count);
   pass.in_row = problem.in.vectors * traits.lanes;
   pass.out_row = problem.out.vectors * traits.lanes;
   const auto scratch = [&](int64_t size, bool wanted) {
@@ -249,11 +249,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulated_deform_conv2d_backward(
     std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<bool> output_mask,
     bool /*allow_tf32*/, bool /*deterministic: it always is*/) {
   const ConvShape s = conv_shape(input, offset, mask, weight, stride, padding, dilation);
-  check_floating("grad_output", grad_output,
-                 {s.images, s.out_channels, s.out_height, s.out_width}, input);
+  check_floating("grad_output", grad_output, {s.images, s.out_channels, s.out_height, s.out_width},
+                 input);
   D2DET_CHECK(output_mask.size() == 4, "output_mask must have 4 elements");
-  const auto run =
-      input.scalar_type() == ScalarType::Double ? &backward<double> : &backward<float>;
+  const auto run = input.scalar_type() == ScalarType::Double ? &backward<double> : &backward<float>;
   return run(s, grad_output, input, offset, mask, weight, output_mask);
 }
 

@@ -92,8 +92,8 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
         for_each_run(begin, count, pixels, [&](const Run& run) {
           find_corners(problem, run, g, tap + t, first_y, first_x, corners);
           gather_columns<T, NI, kDot>(problem, run, corners, panels,
-                                columns + (t * problem.in.count + panels.begin) * tile * kIn,
-                                tile * kIn);
+                                      columns + (t * problem.in.count + panels.begin) * tile * kIn,
+                                      tile * kIn);
         });
       }
     }
@@ -143,8 +143,7 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
         continue;
       }
       for_each_run(begin, count, pixels, [&](const Run& run) {
-        auto* planes =
-            output + (run.image * s.out_channels + panel.channel) * pixels + run.first;
+        auto* planes = output + (run.image * s.out_channels + panel.channel) * pixels + run.first;
         transpose_copy<T>(sum + run.start * kOut, kOut, run.count, panel.width,
                           sum + (run.start + run.count) * kOut,
                           [&](int64_t j) { return planes + j * pixels; });
@@ -231,8 +230,7 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
     if (products) {
       for (int64_t q = pass.panel_begin; q < pass.panel_end; ++q) {
         const int64_t* group = out.starts + in.items[q].group;
-        const E* weight =
-            static_cast<const E*>(problem.packed) + (tap * in.count + q) * outs * kIn;
+        const E* weight = static_cast<const E*>(problem.packed) + (tap * in.count + q) * outs * kIn;
         for (int64_t r = 0; r < rows; r += kPixelRows) {
           ProductTile<E, kPixelRows, NI, kOut / kDepth, 1> product;
           product.clear();
@@ -324,8 +322,8 @@ void deform_conv_backward(const ConvBackward<T>& pass, char* scratch) {
     }
   }
   auto run = in.vectors == 1
-                       ? (out.vectors == 1 ? &backward_tile<T, 1, 1> : &backward_tile<T, 1, 2>)
-                       : (out.vectors == 1 ? &backward_tile<T, 2, 1> : &backward_tile<T, 2, 2>);
+                 ? (out.vectors == 1 ? &backward_tile<T, 1, 1> : &backward_tile<T, 1, 2>)
+                 : (out.vectors == 1 ? &backward_tile<T, 2, 1> : &backward_tile<T, 2, 2>);
 #if D2DET_BF16_DOT
   if constexpr (sizeof(T) == 4) {
     if (problem.bf16) run = &backward_tile<T, 2, 2, true>;
@@ -363,7 +361,8 @@ void unpack_weight_gradient(const ConvProblem<T>& problem, T* packed, int64_t co
     for (int64_t o = group[0]; o < group[1]; ++o) {
       for (int64_t m = 0; m < out.items[o].width; ++m) {
         const T* from = packed + q * panel_size + ((o - group[0]) * out_row + m) * row;
-        T* to = weight + ((out.items[o].channel + m) * per_group + panel.channel % per_group) * taps;
+        T* to =
+            weight + ((out.items[o].channel + m) * per_group + panel.channel % per_group) * taps;
         transpose_copy<T>(from, tap_size, taps, panel.width, from + (taps - 1) * tap_size + row,
                           [&](int64_t j) { return to + j * taps; });
       }
@@ -385,15 +384,15 @@ ConvTraits conv_traits() {
   return {Vec<T>::kSize, kPixelRows};
 }
 
-#define D2DET_DEFORM_CONV(T)                                                                       \
-  template ConvTraits conv_traits<T>();                                                            \
-  template void images_to_rows(const Images&, int64_t, int64_t, int64_t, int64_t, T*);             \
-  template void rows_to_images(const T*, int64_t, int64_t, int64_t, int64_t, const Images&);       \
-  template void pack_for_forward(const ConvProblem<T>&, const T*, int64_t, int64_t, T*);           \
-  template void pack_for_backward(const ConvProblem<T>&, const T*, int64_t, int64_t, T*);          \
-  template void deform_conv_forward(const ConvForward<T>&, int64_t, int64_t, char*);               \
-  template void deform_conv_backward(const ConvBackward<T>&, char*);                               \
-  template void unpack_weight_gradient(const ConvProblem<T>&, T*, int64_t, int64_t, int64_t, T*);  \
+#define D2DET_DEFORM_CONV(T)                                                                      \
+  template ConvTraits conv_traits<T>();                                                           \
+  template void images_to_rows(const Images&, int64_t, int64_t, int64_t, int64_t, T*);            \
+  template void rows_to_images(const T*, int64_t, int64_t, int64_t, int64_t, const Images&);      \
+  template void pack_for_forward(const ConvProblem<T>&, const T*, int64_t, int64_t, T*);          \
+  template void pack_for_backward(const ConvProblem<T>&, const T*, int64_t, int64_t, T*);         \
+  template void deform_conv_forward(const ConvForward<T>&, int64_t, int64_t, char*);              \
+  template void deform_conv_backward(const ConvBackward<T>&, char*);                              \
+  template void unpack_weight_gradient(const ConvProblem<T>&, T*, int64_t, int64_t, int64_t, T*); \
   template void add_copies(T*, int64_t, int64_t, int64_t, int64_t);
 D2DET_DEFORM_CONV(float)
 D2DET_DEFORM_CONV(double)

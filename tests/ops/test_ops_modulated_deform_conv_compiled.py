@@ -94,9 +94,7 @@ def steps(case: Case) -> tuple[int | tuple[int, int], ...]:
 
 def ours(case: Case, tensors: list[Tensor]) -> Tensor:
     x, offset, *mask, weight, bias = tensors
-    return modulated_deform_conv2d(
-        x, offset, mask[0] if mask else None, weight, bias, *steps(case)
-    )
+    return modulated_deform_conv2d(x, offset, mask[0] if mask else None, weight, bias, *steps(case))
 
 
 def torchvisions(case: Case, tensors: list[Tensor]) -> Tensor:
@@ -144,9 +142,7 @@ def test_offsets_with_kinks_follow_the_reference(name, offsets):
     case = CASES[name]
     for dtype, limit in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
         x, offset, mask, weight, bias = make(case, dtype, offsets)
-        pairs = [
-            [v if isinstance(v, int) else v[i] for v in steps(case)] for i in range(2)
-        ]
+        pairs = [[v if isinstance(v, int) else v[i] for v in steps(case)] for i in range(2)]
         given = [list(pair) for pair in zip(*pairs, strict=True)]
         y = modulated_deform_conv2d(x, offset, mask, weight, bias, *steps(case))
         wide = [t.double() for t in (x, offset, mask, weight)]
@@ -196,6 +192,26 @@ def test_half_precision_is_rounded_once(name, dtype):
     expected = with_gradients(ours, case, full)
     for half in ([x, offset, mask, weight, bias], [x, *full[1:3], weight, bias]):
         assert torch.equal(ours(case, half), expected[0].to(dtype))
+
+
+@pytest.mark.parametrize("name", ["bf16-products", "bf16-products-of-groups"])
+def test_bf16_products(name):
+    """Where the processor multiplies bfloat16, sampled values are rounded to it first."""
+    cases = {
+        "bf16-products": Case(64, 96),
+        "bf16-products-of-groups": Case(80, 72, groups=2, offset_groups=2, size=(5, 5), batch=3),
+    }
+    case = cases[name]
+    x, offset, mask, weight, bias = make(case)
+    tensors = [x.bfloat16(), offset.float(), mask.float(), weight.bfloat16(), bias.bfloat16()]
+    expected = with_gradients(torchvisions, case, [t.double() for t in tensors])
+    limits = [2**-7, 2**-8, 1e-5, 1e-5, 2**-7, 2**-8]
+    found = with_gradients(ours, case, tensors)
+    exact = torch.linspace(-1, 2, found[0].numel()).bfloat16().double().view(found[0].shape)
+    leaves = [t.double().requires_grad_() for t in tensors]
+    expected[1:] = torch.autograd.grad(torchvisions(case, leaves), leaves, exact)
+    for a, b, limit in zip(found, expected, limits, strict=True):
+        assert error(a, b) <= limit
 
 
 def test_values_that_are_not_finite_stay_in_their_group():
