@@ -7,6 +7,7 @@ from d2det.modeling.dense_head import (
     DenseLocalRegressionHead,
     build_dense_regression_head,
 )
+from d2det.modeling.mimic import FeatureMimicking, MimickingRCNN
 from d2det.modeling.pooler import ROI_POOLER_REGISTRY, DiscriminativeRoIPooler, build_box_pooler
 from d2det.modeling.roi_heads import D2DetROIHeads
 
@@ -17,6 +18,8 @@ __all__ = [
     "D2DetROIHeads",
     "DenseLocalRegressionHead",
     "DiscriminativeRoIPooler",
+    "FeatureMimicking",
+    "MimickingRCNN",
     "build_box_pooler",
     "build_d2det_resnet_backbone",
     "build_d2det_resnet_fpn_backbone",
