@@ -1,0 +1,1 @@
+"""Commands that look at models: `python -m d2det.tools.<name>`."""
