@@ -71,7 +71,9 @@ def crop_patches(
     """
     with torch.no_grad():
         images = _replicate_into_padding(images, sizes)
-        return roi_align(images, rois.to(images.dtype), (side, side), sampling_ratio=0, aligned=True)
+        return roi_align(
+            images, rois.to(images.dtype), (side, side), sampling_ratio=0, aligned=True
+        )
 
 
 def _replicate_into_padding(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:

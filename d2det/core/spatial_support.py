@@ -40,9 +40,7 @@ def cosine_errors(responses: Tensor, reference: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(responses.float(), reference.float(), dim=1)
 
 
-def masked_errors(
-    respond: Response, image: Tensor, *, batch: int = 8, fill: float = 0.0
-) -> Errors:
+def masked_errors(respond: Response, image: Tensor, *, batch: int = 8, fill: float = 0.0) -> Errors:
     """A function from masks to the errors of the images that only they leave.
 
     Args:

@@ -51,7 +51,10 @@ class FeatureMimicking(nn.Module):
         reduction: str = "sum",
     ) -> None:
         super().__init__()
-        for name, value, known in (("rois", rois, ROI_CHOICES), ("reduction", reduction, REDUCTIONS)):
+        for name, value, known in (
+            ("rois", rois, ROI_CHOICES),
+            ("reduction", reduction, REDUCTIONS),
+        ):
             if value not in known:
                 raise ValueError(f"mimicking: {name} must be one of {known}, not {value!r}")
         if crop_size < 1 or num_crops < 1:
@@ -239,9 +242,7 @@ def _check(model: GeneralizedRCNN, mimic: FeatureMimicking) -> None:
 def _recorded(module: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
     """(inputs, output) of every call of `module` in the block."""
     calls: list[tuple[Any, Any]] = []
-    handle = module.register_forward_hook(
-        lambda _, inputs, output: calls.append((inputs, output))
-    )
+    handle = module.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output)))
     try:
         yield calls
     finally:

@@ -120,9 +120,7 @@ class _Recorder(TorchFunctionMode):
         self.shifts: list[_Shift] = []
         self._size = size
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.layer == ROI_BINS:
             if func is torch.ops.d2det.deform_roi_pool and args[1].shape[0]:
@@ -150,7 +148,9 @@ class _Recorder(TorchFunctionMode):
         taps = weight.shape[2] * weight.shape[3]
         sides = [
             (x.shape[2 + i] + 2 * p - d * (weight.shape[2 + i] - 1) - 1) // s + 1
-            for i, (s, p, d) in enumerate(zip(*map(_pair, (stride, padding, dilation)), strict=True))
+            for i, (s, p, d) in enumerate(
+                zip(*map(_pair, (stride, padding, dilation)), strict=True)
+            )
         ]
         offset = x.new_zeros((x.shape[0], 2 * taps, *sides))
         return self._deform_conv(x, offset, None, weight, bias, stride, padding, dilation, False)
@@ -172,9 +172,7 @@ class _Recorder(TorchFunctionMode):
         taps = kernel[0] * kernel[1]
         # (groups, taps, 2, Ho, Wo), y before x
         moves = offset.detach()[0].unflatten(0, (-1, taps, 2))
-        grid = [
-            torch.arange(out[i], device=x.device) * stride[i] - padding[i] for i in range(2)
-        ]
+        grid = [torch.arange(out[i], device=x.device) * stride[i] - padding[i] for i in range(2)]
         tap = [torch.arange(kernel[i], device=x.device) * dilation[i] for i in range(2)]
         ys = tap[0].repeat_interleave(kernel[1])[:, None, None] + grid[0][:, None]
         xs = tap[1].repeat(kernel[0])[:, None, None] + grid[1]

@@ -107,7 +107,9 @@ def _node(axis: Any, view: View) -> None:
         axis.plot(*view.center, marker="+", color=_MARK, markersize=11, markeredgewidth=2)
         return
     x1, y1, x2, y2 = view.box
-    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=_MARK, linewidth=1.5))
+    axis.add_patch(
+        Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=_MARK, linewidth=1.5)
+    )
 
 
 def _faded(image: np.ndarray) -> np.ndarray:
