@@ -1,7 +1,7 @@
-"""What a node of a network sees (Deformable ConvNets v2, Sec. 2 and Appendix A1), on plain tensors.
+"""What a node of a network sees (Deformable ConvNets v2, Sec. 2, App. A1), on plain tensors.
 
-A node's response is a vector: a position of a feature map, or a RoI's feature. H, W are the sides of
-the network's input, M is a number of masks, D the length of the response.
+A node's response is a vector: a position of a feature map, or a RoI's feature. H, W are the sides
+of the network's input, M is a number of masks, D the length of the response.
 """
 
 from __future__ import annotations

@@ -227,8 +227,8 @@ def _check(model: GeneralizedRCNN, mimic: FeatureMimicking) -> None:
         raise ValueError(_UNFIT.format(name=type(heads).__name__))
     if heads.train_on_pred_boxes:
         raise ValueError(
-            "MODEL.MIMIC: the features of RoIs belong to their proposals, which TRAIN_ON_PRED_BOXES "
-            "replaces"
+            "MODEL.MIMIC: the features of RoIs belong to their proposals, which "
+            "TRAIN_ON_PRED_BOXES replaces"
         )
     divisor = model.backbone.size_divisibility
     if divisor > 1 and mimic.crop_size % divisor:

@@ -62,9 +62,10 @@ def sampling_locations(
     recorder = _Recorder(image.shape[-2:])
     pooler = getattr(getattr(model, "roi_heads", None), "box_pooler", None)
     chosen = [(n, m) for n, m in model.named_modules() if _samples(n, m, layers)]
-    with _naming(recorder, [*chosen, *([(ROI_BINS, pooler)] if pooler is not None else [])]):
-        with recorder:
-            node = strength(respond(image[None]))
+    if pooler is not None:
+        chosen.append((ROI_BINS, pooler))
+    with _naming(recorder, chosen), recorder:
+        node = strength(respond(image[None]))
     shifts = recorder.shifts
     if any(s.moved for s in shifts if s.layer == ROI_BINS):
         # Bins at regular places only served to predict those of the others.

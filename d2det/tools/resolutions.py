@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("output/resolutions"), metavar="DIR",
         help="%(default)s")  # fmt: skip
     add("--train-args", nargs=argparse.REMAINDER, default=[],
-        help="all that follows goes to train_net.py, e.g. --val-json A.json ... KEY VALUE")  # fmt: skip
+        help="all that follows goes to train_net.py: --val-json A.json ... KEY VALUE")  # fmt: skip
     args = parser.parse_args(argv)
     if args.eval_only != bool(args.weights):
         parser.error("--eval-only and --weights belong together")

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from d2det.core import crop_patches, mimic_loss, select_rois
 
-#                         image 0              image 1            image 2
-CLASSES = torch.tensor([0, 3, 1, -1, 2, 0] + [3, 3, -1] + [1, 3])
-IMAGES = torch.tensor([0] * 6 + [1] * 3 + [2] * 2)
+#                         image 0            image 1   image 2
+CLASSES = torch.tensor([0, 3, 1, -1, 2, 0, 3, 3, -1, 1, 3])
+IMAGES = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ pytest.importorskip("detectron2")
 
 from detectron2.layers import Conv2d
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
 from torch import nn
 
 from d2det.core import DiscriminativePooling
