@@ -247,3 +247,19 @@ def test_switched_off_it_is_the_plain_detector(small_cfg, batch):
         losses, _ = losses_of(model, batch(*OBJECTS))
         assert not any("mimic" in name for name in losses)
         assert not any("mimic" in name for name, _ in model.named_parameters())
+
+
+def test_mask_rcnn(small_cfg, batch):
+    from detectron2.structures import BitMasks
+
+    cfg = small_cfg("shapes/detectron2_faster_rcnn.yaml", *ON, "MODEL.MASK_ON", True,
+                    "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead",
+                    "MODEL.ROI_MASK_HEAD.NUM_CONV", 1)  # fmt: skip
+    model = build_model(cfg)
+    inputs = batch(OBJECTS[1])
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[0, 5:60, 5:40] = True
+    inputs[0]["instances"].gt_masks = BitMasks(mask)
+    losses, _ = losses_of(model, inputs)
+    assert {"loss_mask", "loss_mimic", "loss_mimic_cls"} < set(losses)
+    assert not any("mask_head" in name for name in gradients(model, losses["loss_mimic"]))
