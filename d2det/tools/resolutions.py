@@ -177,7 +177,9 @@ def write_table(rows: Sequence[dict[str, Any]], folder: Path) -> str:
         {k: "-" if v is None else f"{v:.1f}" if isinstance(v, float) else v for k, v in row.items()}
         for row in rows
     ]
-    table = tabulate(shown, headers="keys", tablefmt="github", stralign="right")
+    table = tabulate(
+        shown, headers="keys", tablefmt="github", stralign="right", disable_numparse=True
+    )
     (folder / "resolutions.md").write_text(table + "\n")
     return table
 
