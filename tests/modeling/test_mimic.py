@@ -14,8 +14,10 @@ pytest.importorskip("detectron2")
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from d2det.core import crop_patches
 from d2det.engine.checkpoint import Checkpointer
 from d2det.engine.trained import load_trained
+from d2det.modeling import mimic
 from d2det.modeling.mimic import FeatureMimicking
 
 ON = (
@@ -117,6 +119,34 @@ def test_both_branches_are_pulled(small_cfg, batch, monkeypatch):
         found, _ = losses_of(model, batch(*OBJECTS))
         offsets = {n for n, _ in model.named_parameters() if "conv2_offset" in n}
         assert offsets <= gradients(model, found["loss_mimic"])
+
+
+def test_each_patch_is_compared_with_its_own_roi(small_cfg, batch, monkeypatch):
+    model = build_model(small_cfg("shapes/faster_rcnn.yaml", *ON))
+    chosen = torch.tensor([1, 6, 17, 30])  # of 16 RoIs an image
+    monkeypatch.setattr(mimic, "select_rois", lambda *args, **kwargs: chosen)
+    heads, features, crops, compared = [], [], [], []
+    model.roi_heads.register_forward_hook(lambda _, inputs, out: heads.append((inputs, out)))
+    model.roi_heads.box_head.register_forward_hook(lambda *call: features.append(call[-1]))
+
+    def patch_features(patches):
+        crops.append(patches)
+        return patches.mean(dim=(2, 3)) @ torch.ones(3, features[0].shape[1])
+
+    monkeypatch.setattr(model, "_patch_features", patch_features)
+    monkeypatch.setattr(FeatureMimicking, "losses", lambda self, *args: compared.append(args) or {})
+    losses_of(model, batch(*OBJECTS))
+    (((images, *_), (proposals, _)),) = heads
+    ((patches, rois, gt_classes, count),) = compared
+    assert torch.equal(rois, features[0].flatten(1)[chosen])
+    assert torch.equal(gt_classes, torch.cat([p.gt_classes for p in proposals])[chosen])
+    assert len(patches) == 4 and count == 2
+    boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])[chosen]
+    index = torch.tensor([0, 0, 1, 1])
+    expected = crop_patches(
+        images.tensor, images.image_sizes, torch.cat((index[:, None], boxes), dim=1), 64
+    )
+    torch.testing.assert_close(crops[0], expected)
 
 
 def test_discriminative_pooling_learns_from_the_patches(small_cfg, batch):
