@@ -224,6 +224,25 @@ def test_nothing_of_it_is_in_an_evaluated_model(name, small_cfg, batch, tmp_path
     assert {n for n, _ in model.named_parameters()} == trained
 
 
+@pytest.mark.filterwarnings("ignore")  # the tracer's, about detectron2
+def test_nothing_of_it_is_in_an_exported_model(small_cfg, batch):
+    from detectron2.export import TracingAdapter
+
+    config, *overrides = DETECTORS["detectron2"]
+    model = build_model(small_cfg(config, *overrides, *ON))
+    losses_of(model, batch(*OBJECTS))
+    inputs = [{"image": batch((64, 96, [], []))[0]["image"]}]
+    with torch.no_grad():
+        adapter = TracingAdapter(
+            model.eval(), inputs, lambda m, x: m.inference(x, do_postprocess=False)
+        )
+        traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+        assert len(traced(*adapter.flattened_inputs)) == 4  # as the model's Instances
+    state = traced.state_dict()
+    assert len(state) > 100
+    assert not any("mimic" in name for name in [*state, *dict(traced.named_modules())])
+
+
 def test_checkpoints_go_both_ways_without_a_word(small_cfg, tmp_path, caplog):
     model = build_model(small_cfg("quickstart.yaml", *ON))
     plain = build_model(small_cfg("quickstart.yaml"))
