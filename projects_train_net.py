@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from d2det.engine.arguments import argument_parser
 from d2det.engine.launch import launch
-from train_net import main
+from d2det.engine.main import main
 
 if __name__ == "__main__":
     launch(main, argument_parser().parse_args())

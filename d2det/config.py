@@ -35,6 +35,7 @@ def add_d2det_config(cfg: CfgNode) -> CfgNode:
     _add_deformable_roi_pooling(cfg, CN)
     _add_dense_regression(cfg, CN)
     _add_backbone(cfg)
+    _add_mimicking(cfg, CN)
     _add_solver(cfg)
     _add_test(cfg)
     return cfg
@@ -131,6 +132,23 @@ def _add_backbone(cfg: CfgNode) -> None:
     # Read by "build_d2det_resnet_c5_backbone": channels of its output "c5", conv5 reduced by a
     # 1 x 1 convolution (DCNv2's detector, which has no pyramid).
     cfg.MODEL.RESNETS.C5_CHANNELS = 256
+
+
+def _add_mimicking(cfg: CfgNode, CN: type) -> None:
+    # Deformable ConvNets v2, Sec. 3.3; read where META_ARCHITECTURE is "MimickingRCNN". Training
+    # only: False leaves a GeneralizedRCNN.
+    cfg.MODEL.MIMIC = mimic = CN()
+    mimic.ENABLED = False
+    mimic.LOSS_WEIGHT = 0.1  # of 1 - cos(R-CNN feature, detector's feature)
+    mimic.CLS_LOSS_WEIGHT = 0.1  # of the R-CNN classifier's cross-entropy
+    mimic.CROP_SIZE = 224  # side of the resized patches
+    mimic.NUM_CROPS = 32  # RoIs an image, at most
+    # "foreground" (43.1 AP in Table 3), "foreground+background" (42.1), "background" (41.7) or
+    # "none" (41.7: no mimicking).
+    mimic.ROIS = "foreground"
+    # "sum" over an image's RoIs, as the paper writes it, averaged over the images; or "mean" over
+    # all RoIs, which does not grow with their number.
+    mimic.REDUCTION = "sum"
 
 
 def _add_solver(cfg: CfgNode) -> None:

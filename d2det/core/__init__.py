@@ -11,6 +11,7 @@ from d2det.core.grid import average_boxes, cell_centers, decode_offsets, encode_
 from d2det.core.jitter import jitter_boxes
 from d2det.core.levels import assign_levels
 from d2det.core.losses import dense_iou_loss, overlap_loss
+from d2det.core.mimicking import crop_patches, mimic_loss, select_rois
 from d2det.core.overlap import overlap_targets
 from d2det.core.roi_align import MultiLevelRoIAlign
 from d2det.core.sampling import sample_positives
@@ -35,14 +36,17 @@ __all__ = [
     "average_boxes",
     "cell_centers",
     "clip_boxes",
+    "crop_patches",
     "decode_offsets",
     "dense_iou_loss",
     "encode_offsets",
     "jitter_boxes",
+    "mimic_loss",
     "nms_candidates",
     "overlap_loss",
     "overlap_targets",
     "sample_positives",
+    "select_rois",
     "suppress",
     "threshold_candidates",
 ]

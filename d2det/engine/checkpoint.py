@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ from d2det.engine import weights
 logger = logging.getLogger(__name__)
 
 RESUME_CHOICES = ("no", "must", "auto")
+TRAINING_ONLY = ("mimic.",)  # prefixes of parameters that no model needs outside training
 _LAST = "last_checkpoint"
 _SOURCES = (
     "Give the path of a .pth or .pkl file, an address such as 'detectron2://...' or 'https://...', "
@@ -254,9 +255,11 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         if weights.is_torchvision_resnet(checkpoint["model"]):
             checkpoint["model"] = weights.to_detectron2_names(checkpoint["model"], self.model)
+        ours = self.model.state_dict()
+        if not self._strict:
+            checkpoint["model"] = _without_training_only(checkpoint["model"], ours)
         names = list(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
-        ours = self.model.state_dict()
         # Loading reports what was skipped for its shape as missing too.
         if names and ours and set(ours) <= set(incompatible.missing_keys):
             raise ValueError(
@@ -294,6 +297,11 @@ class Checkpointer(DetectionCheckpointer):
         else:
             lines.append("What was not loaded starts from its initial values.")
             logger.warning("\n".join(lines))
+
+
+def _without_training_only(theirs: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what served training and this model does not have: nothing is amiss."""
+    return {k: v for k, v in theirs.items() if k in ours or not k.startswith(TRAINING_ONLY)}
 
 
 def _grouped(names: Iterable[str]) -> list[str]:

@@ -191,6 +191,11 @@ def _check(cfg: CfgNode, args: Namespace) -> None:
             raise ValueError("--eval-only: DATASETS.TEST is empty; give it, or --val-json")
     elif not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; give it, or --train-json")
+    elif cfg.MODEL.MIMIC.ENABLED and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+        raise ValueError(
+            "MODEL.MIMIC.ENABLED needs MODEL.META_ARCHITECTURE MimickingRCNN: GeneralizedRCNN does "
+            "not read it"
+        )
     used = cfg.clone()
     used.defrost()
     if args.eval_only:  # data that will not be read need not be there

@@ -54,7 +54,8 @@ def load_trained(model: nn.Module, path: str | Path) -> str:
     """Load a whole trained model, for evaluation or prediction.
 
     Args:
-        model: a detectron2 model, changed in place.
+        model: a detectron2 model, changed in place; put in evaluation mode, as parts that only
+            training has need not be in the file.
         path: as in `find_weights`.
 
     Returns:
@@ -67,6 +68,7 @@ def load_trained(model: nn.Module, path: str | Path) -> str:
             would come from untrained parts.
     """
     weights = find_weights(path)
+    model.eval()
     _WholeCheckpointer(model).load(weights)
     return weights
 

@@ -11,6 +11,7 @@ from d2det.modeling.dense_head import (
     DenseLocalRegressionHead,
     build_dense_regression_head,
 )
+from d2det.modeling.mimic import FeatureMimicking, MimickingRCNN
 from d2det.modeling.pooler import (
     ROI_POOLER_REGISTRY,
     DeformRoIPooler,
@@ -31,6 +32,8 @@ __all__ = [
     "DenseLocalRegressionHead",
     "DiscriminativeRoIPooler",
     "ModulatedDeformRoIPooler",
+    "FeatureMimicking",
+    "MimickingRCNN",
     "build_box_pooler",
     "build_d2det_resnet_backbone",
     "build_d2det_resnet_c5_backbone",

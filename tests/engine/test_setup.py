@@ -186,6 +186,7 @@ def test_cpu_processes_run_on_the_cpu(prepared):
         ({"args": ["--eval-only"]}, r"MODEL\.WEIGHTS is empty"),
         ({"args": ["--train-images", "x"], "train": None}, "belong together"),
         ({"train": None, "val": None}, r"DATASETS\.TRAIN is empty"),
+        ({"opts": ["MODEL.MIMIC.ENABLED", True]}, "needs .* MimickingRCNN"),
         ({"config": "quickstrat"}, "did you mean quickstart"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],

@@ -23,6 +23,7 @@ LEAVES = sorted(
 RPN = {"loss_rpn_cls", "loss_rpn_loc"}
 DENSE = RPN | {"loss_cls", "loss_dense_reg", "loss_overlap"}
 DELTA = RPN | {"loss_cls", "loss_box_reg"}
+MIMIC = {"loss_mimic", "loss_mimic_cls"}
 
 
 def train_step(model, inputs):
@@ -34,6 +35,8 @@ def train_step(model, inputs):
 
 
 def expected_losses(name: str) -> set[str]:
+    if "mimicking" in name:
+        return DELTA | MIMIC
     if "no_overlap" in name:
         return DENSE - {"loss_overlap"}
     return DELTA if "faster_rcnn" in name or "drp" in name else DENSE

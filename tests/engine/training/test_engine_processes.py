@@ -101,3 +101,27 @@ def test_two_processes_train_evaluate_and_resume(tmp_path):
     # d/db = (0 + 3) / 2. Iteration 1: 0 in the first process and 8, 0 in the second.
     a, b = 1 - 2.5 - (0 + 4) / 2, 1 - 1.5 - (0 + 4) / 2
     assert first["branches"] == second["branches"] == [a, b]
+
+
+@pytest.mark.slow
+def test_two_processes_mimic_where_only_one_has_objects(tmp_path):
+    """Synchronised BatchNorm waits in every process: also where there is no RoI to crop."""
+    keys = {
+        "processes": 2,
+        "empty_every": 2,
+        "DATALOADER__FILTER_EMPTY_ANNOTATIONS": False,
+        "DATALOADER__ASPECT_RATIO_GROUPING": False,
+        "MODEL__META_ARCHITECTURE": "MimickingRCNN",
+        "MODEL__MIMIC__ENABLED": True,
+        "MODEL__MIMIC__CROP_SIZE": 64,
+        "MODEL__MIMIC__NUM_CROPS": 2,
+        "MODEL__RESNETS__NORM": "naiveSyncBN",
+    }
+    whole, cut = start(tmp_path / "whole", **keys), start(tmp_path / "cut", kill_at=4, **keys)
+    finish(whole)
+    finish(cut, killed=True)
+    finish(start(tmp_path / "cut", resume="must", **keys))
+    first, second = ends(tmp_path / "whole", 2)
+    assert "mimic.cls_score.weight" in first["model"]
+    assert_same(first, second)
+    assert_same(ends(tmp_path / "cut", 2)[0], first)
