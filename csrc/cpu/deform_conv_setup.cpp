@@ -73,6 +73,7 @@ Tensor ConvTensors<T>::as_rows(const Tensor& input) {
   const int64_t channels = input.size(1), pixels = input.size(2) * input.size(3);
   const int64_t all = input.size(0) * pixels;
   Tensor rows = torch::stable::empty({all, channels}, kScalar<T>);
+  use_large_pages(rows);
   T* to = rows.mutable_data_ptr<T>();
   const Images from = images(given);
   const auto copy = D2DET_SELECT_ISA(images_to_rows<T>);

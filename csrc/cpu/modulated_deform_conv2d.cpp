@@ -45,18 +45,19 @@ Tensor forward(const ConvShape& s, const Tensor& input, const Tensor& offset,
   const int64_t fitting = std::max<int64_t>(
       kTileBytes / ((pass.block_taps * column_width + sum_width) * static_cast<int64_t>(sizeof(T))),
       traits.rows);
-  int64_t tiles = (all + fitting - 1) / fitting;
-  tiles = (tiles + threads - 1) / threads * threads;
-  const int64_t per_tile = (all + tiles - 1) / tiles;
-  problem.tile = (per_tile + traits.rows - 1) / traits.rows * traits.rows;
-  tiles = (all + problem.tile - 1) / problem.tile;
+  // As many tiles for every thread, of sizes that differ by the rows of one product at most.
+  const int64_t units = (all + traits.rows - 1) / traits.rows;
+  const int64_t wanted = (all + fitting - 1) / fitting;
+  const int64_t tiles = std::min((wanted + threads - 1) / threads * threads, units);
+  problem.tile = (units + tiles - 1) / tiles * traits.rows;
   const int64_t bytes =
       problem.tile * ((pass.block_taps * column_width + sum_width + 8) * sizeof(T) + 16) + 1024;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const Memory scratch(bytes);
     for (int64_t i = begin; i < end; ++i) {
-      D2DET_SELECT_ISA(deform_conv_forward<T>)
-      (pass, i * problem.tile, std::min(problem.tile, all - i * problem.tile), scratch.data());
+      const int64_t first = units * i / tiles * traits.rows;
+      const int64_t last = std::min(units * (i + 1) / tiles * traits.rows, all);
+      D2DET_SELECT_ISA(deform_conv_forward<T>)(pass, first, last - first, scratch.data());
     }
   });
   return output;

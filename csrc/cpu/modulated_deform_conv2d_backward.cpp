@@ -210,6 +210,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const ConvShape& s, const Te
   const bool need_taps = needed[1] || need_mask;
   const Tensor tap_parts = scratch(pass.split.blocks * pass.taps_size(), need_taps);
   const Tensor packed = scratch(pass.split.ranges * pass.packed_gradient_size(), needed[3]);
+  use_large_pages(rows);
+  use_large_pages(tap_parts);
   T* grad_rows = needed[0] ? rows.mutable_data_ptr<T>() : nullptr;
   pass.run(grad_rows, need_taps ? tap_parts.mutable_data_ptr<T>() : nullptr,
            needed[3] ? packed.mutable_data_ptr<T>() : nullptr);

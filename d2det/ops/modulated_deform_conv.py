@@ -45,7 +45,9 @@ def modulated_deform_conv2d(
     groups are read off the shapes.
 
     Under autocast, input, weight and bias are cast to its dtype; offset and mask keep theirs,
-    so that float32 coordinates survive beside a half-precision input. Sums are in float32 at least.
+    so that float32 coordinates survive beside a half-precision input. Sums are in float32 at least;
+    compiled kernels may round the sampled values, as they would be rounded in a half-precision
+    im2col buffer, to bfloat16 (CPUs with AVX512_BF16) or to the input's dtype (GPUs).
 
     On a GPU, float32 products run in TF32 where torch allows that for convolutions:
     `torch.backends.cudnn.conv.fp32_precision`, "tf32" by default, as for torch's own. The sums
