@@ -67,6 +67,32 @@ PanelList::PanelList(int64_t channels, int64_t run, int64_t cut, int64_t lanes) 
 }
 
 template <typename T>
+Tensor contiguous_in(const Tensor& value) {
+  if (value.is_contiguous() || !is_channels_last(value)) return as(value, kScalar<T>);
+  const Tensor rows =
+      value.scalar_type() == kScalar<T> ? value : torch::stable::to(value, kScalar<T>);
+  Tensor result = torch::stable::empty(value.sizes(), kScalar<T>);
+  const int64_t channels = value.size(1), pixels = value.size(2) * value.size(3);
+  const T* from = static_cast<const T*>(rows.data_ptr());
+  const Images to = images(result);
+  torch::stable::parallel_for(0, value.size(0), 8, [&](int64_t begin, int64_t end) {
+    D2DET_SELECT_ISA(rows_to_images<T>)(from, channels, pixels, begin * pixels, end * pixels, to);
+  });
+  return result;
+}
+
+template <typename T>
+void copy_to_channels_last(const Tensor& from, const Tensor& to) {
+  const int64_t channels = from.size(1), pixels = from.size(2) * from.size(3);
+  const Images given = images(from);
+  T* rows = static_cast<T*>(to.data_ptr());
+  torch::stable::parallel_for(0, from.size(0), 8, [&](int64_t begin, int64_t end) {
+    D2DET_SELECT_ISA(images_to_rows<T>)
+    (given, channels, pixels, begin * pixels, end * pixels, rows);
+  });
+}
+
+template <typename T>
 Tensor ConvTensors<T>::as_rows(const Tensor& input) {
   if (input.scalar_type() == kScalar<T> && is_channels_last(input)) return input;
   const Tensor given = as_images(input);
@@ -112,6 +138,10 @@ void ConvTensors<T>::choose_products(ScalarType type) {
 #endif
 }
 
+template Tensor contiguous_in<float>(const Tensor&);
+template Tensor contiguous_in<double>(const Tensor&);
+template void copy_to_channels_last<float>(const Tensor&, const Tensor&);
+template void copy_to_channels_last<double>(const Tensor&, const Tensor&);
 template struct ConvTensors<float>;
 template struct ConvTensors<double>;
 

@@ -63,6 +63,13 @@ inline Tensor as_images(const Tensor& value) {
                                                           : torch::stable::contiguous(value);
 }
 
+// The same values in T, contiguous, and from a contiguous tensor in T to a channels_last one: as
+// torch copies them, but in blocks, which for the large weights of a channels_last model counts.
+template <typename T>
+Tensor contiguous_in(const Tensor& value);
+template <typename T>
+void copy_to_channels_last(const Tensor& from, const Tensor& to);
+
 // One thread's memory for the kernels, aligned to a cache line.
 class Memory {
  public:

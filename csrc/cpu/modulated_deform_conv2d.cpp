@@ -25,7 +25,7 @@ Tensor forward(const ConvShape& s, const Tensor& input, const Tensor& offset,
   const int64_t taps = s.kernel_y * s.kernel_x, per_group = s.channels / s.groups;
   const int64_t threads = torch::stable::get_num_threads();
 
-  const Tensor given_weight = as(weight, kScalar<T>);
+  const Tensor given_weight = contiguous_in<T>(weight);
   const int64_t out_row = problem.out.vectors * traits.lanes;
   const int64_t in_row = problem.in.vectors * traits.lanes;
   Memory packed(problem.out.count * taps * per_group * out_row * sizeof(T));

@@ -54,7 +54,12 @@ struct Target {
   bool direct() const { return result.scalar_type() == kScalar<T> && result.is_contiguous(); }
   T* data() const { return values.mutable_data_ptr<T>(); }
   Tensor finish() {
-    if (!direct()) torch::stable::copy_(result, values);
+    if (direct()) return result;
+    if (result.scalar_type() == kScalar<T> && is_channels_last(result)) {
+      copy_to_channels_last<T>(values, result);
+    } else {
+      torch::stable::copy_(result, values);
+    }
     return result;
   }
 };
@@ -185,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const ConvShape& s, const Te
   }
   const ConvTraits traits = D2DET_SELECT_ISA(conv_traits<T>)();
   const Tensor grad = as_images(grad_output);
-  const Tensor given_weight = as(weight, kScalar<T>);
+  const Tensor given_weight = contiguous_in<T>(weight);
   const int64_t threads = torch::stable::get_num_threads();
   Backward<T> pass{s, ConvTensors<T>(s, input, offset, mask), images(grad)};
   pass.tensors.choose_products(input.scalar_type());
