@@ -1,6 +1,7 @@
 # Every command sets up what it needs, in .venv; a set-up that is current takes no time.
 #
-#   make demo     train the quick-start detector on generated images, evaluate it, draw detections
+#   make demo     train the quick-start detector on generated images, evaluate it, draw detections;
+#                 demo-detectron2, demo-torchvision: on a host of your choice
 #   make test     the tests
 #   make lint     ruff, mypy, clang-format
 #   make bench    the benchmarks, one after the other; QUICK=1: tiny sizes
@@ -19,9 +20,20 @@ OUTPUT ?= output/quickstart
 CSRC := $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.cu*' -o -name '*.h')
 CLANG_FORMAT = $(VENV_PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo test lint bench sanitize setup clean distclean
+.PHONY: demo demo-detectron2 demo-torchvision test lint bench sanitize setup clean distclean
 
-demo:
+demo: setup
+	@if $(VENV_PYTHON) -c "import detectron2" 2>/dev/null; then \
+		$(MAKE) --no-print-directory demo-detectron2; \
+	else \
+		echo "detectron2 is not installed: this is the demo of d2det.torchvision."; \
+		$(MAKE) --no-print-directory demo-torchvision; \
+	fi
+
+demo-torchvision: setup
+	$(VENV_PYTHON) -m d2det.torchvision --output $(OUTPUT)
+
+demo-detectron2:
 	@$(SETUP) --require detectron2
 	$(VENV_PYTHON) train_net.py --config-file configs/quickstart.yaml OUTPUT_DIR $(OUTPUT)
 	json=$$($(VENV_PYTHON) -m d2det.data.generated --split demo --num-images 8) && \

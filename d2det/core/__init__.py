@@ -4,8 +4,10 @@ Shape letters used throughout: R, number of RoIs; C, channels; k, side of the Ro
 classes; L, number of feature levels. Boxes are (x1, y1, x2, y2) in pixels, widths are x2 - x1.
 """
 
+from d2det.core.deform_conv import DeformableConv2d
 from d2det.core.deformable_pooling import DeformablePooling
 from d2det.core.dense_regression import DensePrediction, DenseRegression
+from d2det.core.detection import DetectionSettings, dense_samples, detect
 from d2det.core.discriminative_pooling import DiscriminativePooling
 from d2det.core.grid import average_boxes, cell_centers, decode_offsets, encode_offsets
 from d2det.core.jitter import jitter_boxes
@@ -26,9 +28,11 @@ from d2det.core.selection import (
 
 __all__ = [
     "Candidates",
+    "DeformableConv2d",
     "DeformablePooling",
     "DensePrediction",
     "DenseRegression",
+    "DetectionSettings",
     "DiscriminativePooling",
     "MultiLevelRoIAlign",
     "SoftNMS",
@@ -39,6 +43,8 @@ __all__ = [
     "crop_patches",
     "decode_offsets",
     "dense_iou_loss",
+    "dense_samples",
+    "detect",
     "encode_offsets",
     "jitter_boxes",
     "mimic_loss",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from .generated_names import register_generated
 
-register_generated()
+if find_spec("detectron2") is not None:
+    register_generated()

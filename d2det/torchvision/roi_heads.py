@@ -1,0 +1,205 @@
+"""D2Det's RoI heads for torchvision's `GeneralizedRCNN`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from d2det.core import DenseRegression, DiscriminativePooling, MultiLevelRoIAlign
+from d2det.core.detection import (
+    DetectionSettings,
+    dense_samples,
+    detect,
+    image_index,
+    split_by_image,
+)
+
+
+class ClassificationHead(nn.Sequential):
+    """The FC layers of the classification branch; names as in detectron2's box head."""
+
+    def __init__(self, in_features: int, fc_dim: int, num_fc: int = 2) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        for i in range(1, num_fc + 1):
+            layer = nn.Linear(in_features, fc_dim)
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+            layers |= {f"fc{i}": layer, f"fc_relu{i}": nn.ReLU()}
+            in_features = fc_dim
+        super().__init__(layers)
+
+
+class ClassScores(nn.Module):
+    """Class logits; the layer has detectron2's name."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(in_features, num_classes + 1)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.zeros_(self.cls_score.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (R, K + 1), background last, of features (R, C)."""
+        return self.cls_score(features)
+
+
+class D2DetRoIHeads(RoIHeads):
+    """Discriminative pooling says what an object is, dense local regression where (Sec. 3).
+
+    Inputs and outputs are torchvision's: labels count from 1, 0 being background. Parameters have
+    the names and meaning of the detectron2 host's `D2DetROIHeads` (background is the last row).
+
+    Args:
+        box_pooler, box_head, box_predictor: the classification branch: RoI features (R, C, k, k),
+            their FC features (R, F), and logits (R, K + 1).
+        dense_pooler, dense_head: the regression branch: RoI features (R, C, 2k, 2k), predictions.
+        feature_names: feature maps that are pooled, fine to coarse.
+        num_classes: K, without background.
+        settings: from scores to detections.
+        jitter, max_positive_per_image: see `d2det.core.detection.dense_samples`.
+        cls_loss_weight: weight of the classification loss.
+        fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction: as in torchvision.
+    """
+
+    def __init__(
+        self,
+        *,
+        box_pooler: DiscriminativePooling | MultiLevelRoIAlign,
+        box_head: nn.Module,
+        box_predictor: nn.Module,
+        dense_pooler: MultiLevelRoIAlign,
+        dense_head: DenseRegression,
+        feature_names: Sequence[str],
+        num_classes: int,
+        settings: DetectionSettings,
+        jitter: float = 0.15,
+        max_positive_per_image: int = 96,
+        cls_loss_weight: float = 2.0,
+        fg_iou_thresh: float = 0.5,
+        bg_iou_thresh: float = 0.5,
+        batch_size_per_image: int = 512,
+        positive_fraction: float = 0.25,
+    ) -> None:
+        super().__init__(
+            None, None, None, fg_iou_thresh, bg_iou_thresh, batch_size_per_image,
+            positive_fraction, None, settings.score_threshold, settings.nms_threshold,
+            settings.detections_per_image,
+        )  # fmt: skip
+        self.box_pooler = box_pooler
+        self.box_head = box_head
+        self.box_predictor = box_predictor
+        self.dense_pooler = dense_pooler
+        self.dense_head = dense_head
+        self.feature_names = tuple(feature_names)
+        self.num_classes = num_classes
+        self.settings = settings
+        self.jitter = jitter
+        self.max_positive_per_image = max_positive_per_image
+        self.cls_loss_weight = cls_loss_weight
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Losses in training, else detections.
+
+        Args:
+            features: feature maps (N, C, Hl, Wl) by name.
+            proposals: (R_i, 4) of each image, in pixels.
+            image_shapes: height and width of each image before padding.
+            targets: in training, of each image "boxes" (G, 4) and "labels" (G,) from 1.
+
+        Returns:
+            Detections of each image ("boxes", "labels" from 1, "scores"; in training none), and in
+            training the losses "loss_classifier", "loss_dense_reg" and "loss_overlap".
+        """
+        maps = [features[name] for name in self.feature_names]
+        if self.training:
+            proposals, matches, labels, _ = self.select_training_samples(proposals, targets)
+        images = image_index([len(p) for p in proposals], maps[0].device)
+        boxes = torch.cat(proposals)
+        logits = self.box_predictor(self.box_head(self.box_pooler(maps, _rois(images, boxes))))
+        sizes = boxes.new_tensor(image_shapes)
+        if not self.training:
+            return self._detections(maps, logits, boxes, images, sizes), {}
+        assert targets is not None
+        gt_classes = self._to_core(torch.cat(labels))
+        loss = F.cross_entropy(logits.float(), gt_classes, reduction="sum")
+        losses = {"loss_classifier": loss * self.cls_loss_weight / max(gt_classes.numel(), 1)}
+        gt_boxes = torch.cat(
+            # Images without objects match a box that no positive proposal refers to.
+            [
+                t["boxes"].to(p.dtype)[m] if len(t["boxes"]) else p
+                for t, m, p in zip(targets, matches, proposals, strict=True)
+            ]
+        )
+        losses.update(self._dense_losses(maps, boxes, gt_boxes, gt_classes, images, sizes))
+        return [], losses
+
+    def check_targets(self, targets: list[dict[str, Tensor]] | None) -> None:
+        """Refuse labels outside of 1 to K, which the losses would turn into nonsense or a crash."""
+        super().check_targets(targets)
+        for i, target in enumerate(targets or []):
+            labels = target["labels"]
+            if (
+                labels.numel()
+                and not 1 <= int(labels.min()) <= int(labels.max()) <= self.num_classes
+            ):
+                raise ValueError(
+                    f"targets[{i}]['labels'] lie in [{int(labels.min())}, {int(labels.max())}], "
+                    f"but this model has {self.num_classes} classes, numbered from 1 (0 is "
+                    "background): set num_classes to the data's classes plus one"
+                )
+
+    def _to_core(self, labels: Tensor) -> Tensor:
+        """torchvision's labels, 0 being background, as classes of which the last is background."""
+        return torch.where(labels > 0, labels - 1, self.num_classes)
+
+    def _dense_losses(
+        self,
+        maps: list[Tensor],
+        boxes: Tensor,
+        gt_boxes: Tensor,
+        gt_classes: Tensor,
+        images: Tensor,
+        sizes: Tensor,
+    ) -> dict[str, Tensor]:
+        samples = dense_samples(
+            boxes,
+            gt_classes,
+            images,
+            sizes,
+            num_classes=self.num_classes,
+            max_positive_per_image=self.max_positive_per_image,
+            jitter=self.jitter,
+        )
+        prediction = self.dense_head(self.dense_pooler(maps, _rois(samples.images, samples.boxes)))
+        losses, _ = self.dense_head.losses(prediction, samples.boxes, gt_boxes[samples.rois])
+        return losses
+
+    def _detections(
+        self, maps: list[Tensor], logits: Tensor, boxes: Tensor, images: Tensor, sizes: Tensor
+    ) -> list[dict[str, Tensor]]:
+        def regress(images: Tensor, boxes: Tensor) -> Tensor:
+            return self.dense_head.boxes(
+                self.dense_head(self.dense_pooler(maps, _rois(images, boxes))), boxes
+            )
+
+        found = detect(boxes, logits, images, sizes, self.settings, regress)
+        return [
+            {"boxes": image.boxes, "labels": image.classes + 1, "scores": image.scores}
+            for image in split_by_image(found, len(sizes))
+        ]
+
+
+def _rois(images: Tensor, boxes: Tensor) -> Tensor:
+    """(R, 5): batch index and box."""
+    return torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)

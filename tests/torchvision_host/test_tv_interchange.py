@@ -1,0 +1,102 @@
+"""Both hosts are the same detector: parameters interchange and results agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+import d2det
+from d2det.modeling import D2DetROIHeads
+
+
+@pytest.fixture
+def both(tiny):
+    """The RoI heads of both hosts, the second one with the first one's state dict."""
+    ours = tiny().roi_heads
+    cfg = d2det.add_d2det_config(get_cfg())
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["0", "1", "2"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.03
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 10_000  # no sampling
+    cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION = 1.0
+    box = cfg.MODEL.ROI_BOX_HEAD
+    box.NAME, box.NUM_FC, box.FC_DIM = "FastRCNNConvFCHead", 2, 16
+    box.POOLER_TYPE, box.POOLER_RESOLUTION = "DiscriminativeRoIPooler", 7
+    box.DRP.OFFSET_FC_DIM = 8
+    dense = cfg.MODEL.ROI_DENSE_REGRESSION_HEAD
+    dense.NUM_CONV, dense.CONV_DIM, dense.NORM_GROUPS, dense.JITTER = 1, 12, 3, 0.0
+    shapes = {str(i): ShapeSpec(channels=8, stride=8 * 2**i) for i in range(3)}
+    theirs = D2DetROIHeads(cfg, shapes)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def maps(generator):
+    return {
+        str(i): torch.randn(2, 8, 16 // 2**i, 16 // 2**i, generator=generator) for i in range(3)
+    }
+
+
+def proposals(generator, count):
+    corner = torch.rand(count, 2, generator=generator) * 80
+    return torch.cat((corner, corner + 8 + torch.rand(count, 2, generator=generator) * 40), dim=1)
+
+
+def test_detections_agree(both):
+    ours, theirs = both
+    generator = torch.Generator().manual_seed(2)
+    features, sizes = maps(generator), [(128, 120), (100, 128)]
+    boxes = [proposals(generator, 30), proposals(generator, 17)]
+    instances = [
+        Instances(size, proposal_boxes=Boxes(b), objectness_logits=torch.zeros(len(b)))
+        for size, b in zip(sizes, boxes, strict=True)
+    ]
+    with torch.no_grad():
+        computed, _ = ours.eval()(features, boxes, sizes)
+        expected, _ = theirs.eval()(None, features, instances)
+    for a, b in zip(computed, expected, strict=True):
+        assert len(a["boxes"]) > 10
+        torch.testing.assert_close(a["boxes"], b.pred_boxes.tensor)
+        torch.testing.assert_close(a["scores"], b.scores)
+        assert torch.equal(a["labels"], b.pred_classes + 1)
+
+
+def test_losses_agree(both):
+    ours, theirs = both
+    generator = torch.Generator().manual_seed(3)
+    features, sizes = maps(generator), [(128, 120), (100, 128)]
+    gt = [proposals(generator, 4), proposals(generator, 3)]
+    labels = [torch.tensor([1, 3, 2, 2]), torch.tensor([3, 1, 1])]
+    boxes = [
+        torch.cat((proposals(generator, 20), g + torch.randn(g.shape, generator=generator)))
+        for g in gt
+    ]
+    ours.fg_bg_sampler.batch_size_per_image = 10_000
+    ours.fg_bg_sampler.positive_fraction = 1.0
+    ours.jitter = 0.0
+    targets = [{"boxes": b, "labels": c} for b, c in zip(gt, labels, strict=True)]
+    _, computed = ours.train()(features, [b.clone() for b in boxes], sizes, targets)
+    instances, truth = [], []
+    for size, b, g, c in zip(sizes, boxes, gt, labels, strict=True):
+        found = Instances(size)
+        found.proposal_boxes = Boxes(b)
+        found.objectness_logits = torch.zeros(len(b))
+        instances.append(found)
+        there = Instances(size)
+        there.gt_boxes = Boxes(g)
+        there.gt_classes = c - 1
+        truth.append(there)
+    with EventStorage():
+        _, expected = theirs.train()(None, features, instances, truth)
+    torch.testing.assert_close(computed["loss_classifier"], expected["loss_cls"])
+    for name in ("loss_dense_reg", "loss_overlap"):
+        assert computed[name] > 0
+        torch.testing.assert_close(computed[name], expected[name])

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from d2det.core import DeformableConv2d
+from d2det.torchvision import (
+    d2det_quickstart,
+    d2det_resnet50_dcnv2_fpn,
+    d2det_resnet50_fpn,
+    deformable_resnet_fpn_backbone,
+    fpn_backbone,
+    make_deformable,
+)
+
+
+def test_training_gives_losses_and_every_parameter_a_gradient(tiny, scene):
+    model = tiny()
+    losses = model(*scene)
+    assert set(losses) == {
+        "loss_classifier",
+        "loss_dense_reg",
+        "loss_overlap",
+        "loss_objectness",
+        "loss_rpn_box_reg",
+    }
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("empty", [1, 2])
+def test_images_without_objects_train(tiny, scene, empty):
+    images, targets = scene
+    for target in targets[:empty]:
+        target["boxes"] = torch.zeros(0, 4)
+        target["labels"] = torch.zeros(0, dtype=torch.int64)
+    losses = tiny()(images, targets)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    if empty == 2:
+        assert losses["loss_dense_reg"] == 0
+    sum(losses.values()).backward()
+
+
+def test_predictions_are_torchvisions(tiny, scene):
+    images, _ = scene
+    model = tiny().eval()
+    with torch.no_grad():
+        found = model(images)
+    for prediction, image in zip(found, images, strict=True):
+        assert set(prediction) == {"boxes", "labels", "scores"}
+        assert 0 < len(prediction["boxes"]) <= 100
+        assert prediction["labels"].min() >= 1 and prediction["labels"].max() <= 3
+        height, width = image.shape[-2:]
+        limit = torch.tensor([width, height, width, height])
+        assert (prediction["boxes"] >= 0).all()
+        assert (prediction["boxes"] <= limit + 1e-3).all()
+        scores = prediction["scores"]
+        assert (scores[:-1] >= scores[1:]).all()
+
+
+def test_no_detections_above_the_threshold(tiny, scene):
+    model = tiny().eval()
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[-1] = 100.0  # background
+        found = model(scene[0])
+    assert [len(f["boxes"]) for f in found] == [0, 0]
+
+
+@pytest.mark.parametrize("label", [0, 4])
+def test_labels_outside_the_classes_are_refused(tiny, scene, label):
+    images, targets = scene
+    targets[1]["labels"] = torch.tensor([label])
+    with pytest.raises(ValueError, match=r"targets\[1\].*3 classes"):
+        tiny()(images, targets)
+
+
+def test_one_class_is_the_least(tiny):
+    with pytest.raises(ValueError, match="at least 2"):
+        tiny(num_classes=1)
+
+
+def test_a_training_learns_one_image(tiny, scene):
+    images, targets = scene
+    model = tiny()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    totals = []
+    for _ in range(30):
+        losses = model(images[:1], targets[:1])
+        total = sum(losses.values())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert sum(totals[-5:]) < 0.7 * sum(totals[:5])
+
+
+def test_the_papers_defaults():
+    model = d2det_resnet50_fpn(weights_backbone=None)
+    heads = model.roi_heads
+    convs = [m for m in heads.dense_head.tower if isinstance(m, nn.Conv2d)]
+    assert [c.out_channels for c in convs] == [576] * 8
+    assert {m.num_groups for m in heads.dense_head.tower if isinstance(m, nn.GroupNorm)} == {36}
+    assert heads.num_classes == 90 and heads.box_predictor.cls_score.out_features == 91
+    assert heads.settings.score_threshold == 0.03 and heads.settings.pre_regression_topk == 125
+    assert heads.settings.soft_nms.method == "linear"
+
+
+def test_dcnv2_is_in_the_last_three_stages():
+    body = d2det_resnet50_dcnv2_fpn(weights_backbone=None).backbone.body
+    deformable = {n for n, m in body.named_modules() if isinstance(m, DeformableConv2d)}
+    assert len(deformable) == 4 + 6 + 3
+    assert {name.partition(".")[0] for name in deformable} == {"layer2", "layer3", "layer4"}
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_a_deformable_resnet_starts_as_the_plain_one(block, modulated):
+    torch.manual_seed(0)
+    plain = fpn_backbone(ResNet(block, [1, 1, 1, 1]), out_channels=8).eval()
+    deformable = fpn_backbone(
+        make_deformable(ResNet(block, [1, 1, 1, 1]), modulated=modulated), out_channels=8
+    ).eval()
+    missing, unexpected = deformable.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and missing and all(".conv2.conv_offset." in name for name in missing)
+    if modulated:
+        # Modulation starts at 0.5: twice the weights give the plain convolution.
+        with torch.no_grad():
+            for module in deformable.modules():
+                if isinstance(module, DeformableConv2d):
+                    module.weight *= 2
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, computed = plain(image), deformable(image)
+    for name, value in expected.items():
+        torch.testing.assert_close(computed[name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_stages_still_learn_their_offsets():
+    backbone = deformable_resnet_fpn_backbone("resnet18", deformable=["layer2"], trainable_layers=1)
+    trained = {n for n, p in backbone.body.named_parameters() if p.requires_grad}
+    assert {name.partition(".")[0] for name in trained} == {"layer2", "layer4"}
+    assert all("conv_offset" in name for name in trained if name.startswith("layer2"))
+
+
+@pytest.mark.parametrize("stage", ["layer5", "fc"])
+def test_unknown_stages_are_refused(stage):
+    with pytest.raises(ValueError, match="no stage"):
+        make_deformable(ResNet(BasicBlock, [1, 1, 1, 1]), [stage])
+
+
+def test_not_a_resnet():
+    with pytest.raises(ValueError, match="not a ResNet"):
+        deformable_resnet_fpn_backbone("mobilenet_v3_small")
+
+
+def test_the_quick_start_is_small():
+    model = d2det_quickstart()
+    assert model.backbone.out_channels == 32 and model.roi_heads.num_classes == 6
