@@ -32,12 +32,12 @@ class MaskPredictor(nn.Module):
         self.norm1 = nn.Identity() if norm is None else norm(conv_dim)
         self.deconv2 = nn.ConvTranspose2d(conv_dim, conv_dim, kernel_size=2, stride=2)
         self.predictor = nn.Conv2d(conv_dim, num_masks, kernel_size=3, padding=1)
-        for layer in (self.deconv1, self.deconv2):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        for deconv in (self.deconv1, self.deconv2):
+            nn.init.kaiming_normal_(deconv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.predictor.weight, std=0.001)
-        for layer in (self.deconv1, self.deconv2, self.predictor):
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
+        for bias in (self.deconv1.bias, self.deconv2.bias, self.predictor.bias):
+            assert bias is not None
+            nn.init.zeros_(bias)
 
     def forward(self, trunk: Tensor) -> Tensor:
         """Mask logits (R, num_masks, 4k, 4k), in float32 at least, of the tower's (R, C, k, k)."""

@@ -38,9 +38,10 @@ class MaskScorer(nn.Module):
         if num_fc < 1:
             raise ValueError(f"mask scoring needs at least 1 hidden layer, got {num_fc}")
         sizes = [(in_channels + 1) * grid**2] + [fc_dim] * num_fc
-        self.fcs = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+        self.fcs = nn.ModuleList(layers)
         self.predictor = nn.Linear(fc_dim, num_classes)
-        for fc in self.fcs:
+        for fc in layers:
             nn.init.kaiming_uniform_(fc.weight, a=1)
             nn.init.zeros_(fc.bias)
         nn.init.normal_(self.predictor.weight, std=0.01)

@@ -76,7 +76,7 @@ def group_norm_or(
         return None
     if norm == "GN":
         return partial(nn.GroupNorm, groups)
-    return lambda channels: getgroup_norm_or(norm, channels)
+    return lambda channels: get_norm(norm, channels)
 
 
 def build_dense_regression_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
