@@ -68,6 +68,7 @@ class DenseRegression(nn.Module):
             raise ValueError(
                 f"init_offset must be positive, got {init_offset}: empty boxes do not learn"
             )
+        self.conv_dim = conv_dim
         self.overlap_margin = overlap_margin
         self.overlap_threshold = overlap_threshold
         self.loss_weight = loss_weight

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from torchvision.utils import draw_bounding_boxes, save_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 import d2det.torchvision as models
 from d2det.torchvision.data import CocoBoxes, collate
@@ -31,6 +31,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", choices=MODELS, default="d2det_quickstart")
+    parser.add_argument("--masks", action="store_true", help="instance segmentation")
     parser.add_argument("--train-json", type=Path, help="COCO-format annotations")
     parser.add_argument("--train-images", type=Path, help="their images' folder")
     parser.add_argument("--val-json", type=Path)
@@ -56,8 +57,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def data(args: argparse.Namespace) -> tuple[CocoBoxes, CocoBoxes]:
     """The training and the validation set: the user's, or the generated one."""
     if args.train_json is not None:
-        train = CocoBoxes(args.train_json, args.train_images, train=True)
-        val = CocoBoxes(args.val_json, args.val_images, train=False)
+        train = CocoBoxes(args.train_json, args.train_images, train=True, masks=args.masks)
+        val = CocoBoxes(args.val_json, args.val_images, train=False, masks=args.masks)
     else:
         from d2det.data.generated import write_dataset
         from d2det.data.generated_names import DEFAULT_SEED, DEFAULT_SIZE, SPLITS
@@ -71,7 +72,9 @@ def data(args: argparse.Namespace) -> tuple[CocoBoxes, CocoBoxes]:
                 size=DEFAULT_SIZE,
                 seed=DEFAULT_SEED,
             )
-            sets.append(CocoBoxes(path, path.parent / "images", train=split == "train"))
+            sets.append(
+                CocoBoxes(path, path.parent / "images", train=split == "train", masks=args.masks)
+            )
         train, val = sets
     if train.category_ids != val.category_ids:
         raise SystemExit(
@@ -83,6 +86,8 @@ def data(args: argparse.Namespace) -> tuple[CocoBoxes, CocoBoxes]:
 
 def build(args: argparse.Namespace, num_classes: int) -> models.D2Det:
     keywords: dict[str, Any] = {"num_classes": num_classes + 1}
+    if args.masks:
+        keywords["masks"] = True
     if args.no_backbone_weights:
         keywords["weights_backbone"] = None
     return getattr(models, args.model)(**keywords)
@@ -103,7 +108,11 @@ def write_pictures(model: models.D2Det, val: CocoBoxes, folder: Path, number: in
             f"{val.class_names[label - 1]} {score:.2f}"
             for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
         ]
-        picture = draw_bounding_boxes(image, boxes, names, width=2) if len(boxes) else image
+        picture = image
+        if "masks" in found:
+            picture = draw_segmentation_masks(picture, found["masks"].cpu()[kept, 0] > 0.5)
+        if len(boxes):
+            picture = draw_bounding_boxes(picture, boxes, names, width=2)
         save_image(picture, folder / f"{target['image_id']}.png")
 
 
@@ -120,12 +129,15 @@ def main(argv: list[str] | None = None) -> None:
         max_steps=args.max_steps,
         warmup_steps=args.warmup_steps,
         class_names=train.class_names,
+        masks=args.masks,
     )
     train_loader: DataLoader = DataLoader(
         train, args.batch_size, shuffle=True, num_workers=args.workers, collate_fn=collate,
         drop_last=len(train) >= args.batch_size,
     )  # fmt: skip
-    val_loader: DataLoader = DataLoader(val, args.batch_size, num_workers=args.workers, collate_fn=collate)
+    val_loader: DataLoader = DataLoader(
+        val, args.batch_size, num_workers=args.workers, collate_fn=collate
+    )
     checkpoints = L.pytorch.callbacks.ModelCheckpoint(
         args.output, save_last=True, every_n_train_steps=200
     )

@@ -11,9 +11,18 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from d2det.core import DenseRegression, DiscriminativePooling, MultiLevelRoIAlign
+from d2det.core import DenseRegression, DiscriminativePooling, MaskBranch, MultiLevelRoIAlign
 from d2det.core.detection import DetectionSettings
 from d2det.torchvision.roi_heads import ClassificationHead, ClassScores, D2DetRoIHeads
+
+# The paper's for instance segmentation: 100 boxes, no soft-NMS.
+MASK_DETECTION = DetectionSettings(
+    score_threshold=0.05,
+    nms_threshold=0.3,
+    pre_regression_topk=100,
+    detections_per_image=100,
+    soft_nms=None,
+)
 
 
 class D2Det(GeneralizedRCNN):
@@ -23,6 +32,9 @@ class D2Det(GeneralizedRCNN):
     a list of targets with "boxes" (G, 4), x1, y1, x2, y2 in pixels, and "labels" (G,) int64 from 1.
     Returns losses in training, else for each image "boxes" (M, 4), "labels" (M,), "scores" (M,).
 
+    With masks, targets may have "masks" (G, H, W) uint8, and predictions have "masks" (M, 1, H, W),
+    probabilities, and "mask_scores" (M,), by which masks are ranked.
+
     Args:
         backbone: gives maps "0", "1", ..., each half as large as the one before, and "pool"; has
             `out_channels`.
@@ -30,12 +42,14 @@ class D2Det(GeneralizedRCNN):
         strides: of the maps "0", "1", ..., from which RoIs are pooled.
         min_size, max_size, image_mean, image_std: as torchvision's `FasterRCNN`.
         anchor_sizes: one for each map, "pool" included.
-        rpn_*: as torchvision's `FasterRCNN`.
+        rpn_*: as torchvision's `FasterRCNN`; 700 proposals at test time with masks, else 1000.
         batch_size_per_image, positive_fraction, fg_iou_thresh, bg_iou_thresh: RoIs that train.
         fc_dim: width of the classification branch.
         pooling: arguments of `d2det.core.DiscriminativePooling`.
         regression: arguments of `d2det.core.DenseRegression`; the releases' tower by default.
-        detection: from scores to detections; the releases' test settings by default.
+        detection: from scores to detections; the releases' test settings by default, with masks
+            those for instance segmentation.
+        masks: predict masks too (Sec. 3.3): True, or arguments of `d2det.core.MaskBranch`.
     """
 
     def __init__(
@@ -52,7 +66,7 @@ class D2Det(GeneralizedRCNN):
         rpn_pre_nms_top_n_train: int = 2000,
         rpn_pre_nms_top_n_test: int = 1000,
         rpn_post_nms_top_n_train: int = 2000,
-        rpn_post_nms_top_n_test: int = 1000,
+        rpn_post_nms_top_n_test: int | None = None,
         rpn_nms_thresh: float = 0.7,
         rpn_batch_size_per_image: int = 256,
         batch_size_per_image: int = 512,
@@ -63,7 +77,11 @@ class D2Det(GeneralizedRCNN):
         pooling: Mapping[str, Any] | None = None,
         regression: Mapping[str, Any] | None = None,
         detection: DetectionSettings | None = None,
+        masks: Mapping[str, Any] | bool = False,
     ) -> None:
+        with_masks = masks is not False
+        if rpn_post_nms_top_n_test is None:
+            rpn_post_nms_top_n_test = 700 if with_masks else 1000
         channels = backbone.out_channels
         assert isinstance(channels, int)
         anchors = AnchorGenerator(
@@ -87,15 +105,21 @@ class D2Det(GeneralizedRCNN):
         classes = num_classes - 1
         if classes < 1:
             raise ValueError(f"num_classes counts background: at least 2, got {num_classes}")
+        dense_head = DenseRegression(channels, **{"norm": group_norm, **(regression or {})})
+        mask_head = None
+        if with_masks:
+            settings = {"norm": mask_norm, **(masks if isinstance(masks, Mapping) else {})}
+            mask_head = MaskBranch(dense_head.conv_dim, 7, classes, **settings)
         roi_heads = D2DetRoIHeads(
             box_pooler=box_pooler,
             box_head=ClassificationHead(channels * box_pooler.output_size**2, fc_dim),
             box_predictor=ClassScores(fc_dim, classes),
             dense_pooler=MultiLevelRoIAlign(14, strides, sampling_ratio=2),
-            dense_head=DenseRegression(channels, **{"norm": group_norm, **(regression or {})}),
+            dense_head=dense_head,
+            mask_head=mask_head,
             feature_names=[str(i) for i in range(len(strides))],
             num_classes=classes,
-            settings=detection or DetectionSettings(),
+            settings=detection or (MASK_DETECTION if with_masks else DetectionSettings()),
             fg_iou_thresh=fg_iou_thresh,
             bg_iou_thresh=bg_iou_thresh,
             batch_size_per_image=batch_size_per_image,
@@ -113,3 +137,8 @@ class D2Det(GeneralizedRCNN):
 def group_norm(channels: int) -> nn.GroupNorm:
     """The releases' GroupNorm of the regression tower: 36 groups."""
     return nn.GroupNorm(36, channels)
+
+
+def mask_norm(channels: int) -> nn.GroupNorm:
+    """The releases' GroupNorm of the mask branch: 16 groups."""
+    return nn.GroupNorm(16, channels)

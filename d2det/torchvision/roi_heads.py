@@ -10,8 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from d2det.core import DenseRegression, DiscriminativePooling, MultiLevelRoIAlign
+from d2det.core import (
+    DenseRegression,
+    DiscriminativePooling,
+    MaskBranch,
+    MaskTargets,
+    MultiLevelRoIAlign,
+    crop_masks,
+)
 from d2det.core.detection import (
+    DenseSamples,
     DetectionSettings,
     dense_samples,
     detect,
@@ -59,6 +67,7 @@ class D2DetRoIHeads(RoIHeads):
             their FC features (R, F), and logits (R, K + 1).
         dense_pooler, dense_head: the regression branch: RoI features (R, C, 2k, 2k), predictions.
         feature_names: feature maps that are pooled, fine to coarse.
+        mask_head: masks on the tower of `dense_head` (Sec. 3.3); None for boxes alone.
         num_classes: K, without background.
         settings: from scores to detections.
         jitter, max_positive_per_image: see `d2det.core.detection.dense_samples`.
@@ -77,6 +86,7 @@ class D2DetRoIHeads(RoIHeads):
         feature_names: Sequence[str],
         num_classes: int,
         settings: DetectionSettings,
+        mask_head: MaskBranch | None = None,
         jitter: float = 0.15,
         max_positive_per_image: int = 96,
         cls_loss_weight: float = 2.0,
@@ -95,6 +105,7 @@ class D2DetRoIHeads(RoIHeads):
         self.box_predictor = box_predictor
         self.dense_pooler = dense_pooler
         self.dense_head = dense_head
+        self.mask_head = mask_head
         self.feature_names = tuple(feature_names)
         self.num_classes = num_classes
         self.settings = settings
@@ -115,11 +126,14 @@ class D2DetRoIHeads(RoIHeads):
             features: feature maps (N, C, Hl, Wl) by name.
             proposals: (R_i, 4) of each image, in pixels.
             image_shapes: height and width of each image before padding.
-            targets: in training, of each image "boxes" (G, 4) and "labels" (G,) from 1.
+            targets: in training, of each image "boxes" (G, 4) and "labels" (G,) from 1; with a
+                mask head also "masks" (G, H, W), where an image or an object has them.
 
         Returns:
-            Detections of each image ("boxes", "labels" from 1, "scores"; in training none), and in
-            training the losses "loss_classifier", "loss_dense_reg" and "loss_overlap".
+            Detections of each image ("boxes", "labels" from 1, "scores"; with a mask head "masks"
+            (M, 1, 4k, 4k) and "mask_scores", which rank the masks; in training none), and in
+            training the losses "loss_classifier", "loss_dense_reg", "loss_overlap", "loss_mask"
+            and "loss_mask_iou".
         """
         maps = [features[name] for name in self.feature_names]
         if self.training:
@@ -134,15 +148,51 @@ class D2DetRoIHeads(RoIHeads):
         gt_classes = self._to_core(torch.cat(labels))
         loss = F.cross_entropy(logits.float(), gt_classes, reduction="sum")
         losses = {"loss_classifier": loss * self.cls_loss_weight / max(gt_classes.numel(), 1)}
+        samples = dense_samples(
+            boxes,
+            gt_classes,
+            images,
+            sizes,
+            num_classes=self.num_classes,
+            max_positive_per_image=self.max_positive_per_image,
+            jitter=self.jitter,
+        )
         gt_boxes = torch.cat(
             # Images without objects match a box that no positive proposal refers to.
             [
                 t["boxes"].to(p.dtype)[m] if len(t["boxes"]) else p
                 for t, m, p in zip(targets, matches, proposals, strict=True)
             ]
-        )
-        losses.update(self._dense_losses(maps, boxes, gt_boxes, gt_classes, images, sizes))
+        )[samples.rois]
+        trunk = self.dense_head.tower(self.dense_pooler(maps, _rois(samples.images, samples.boxes)))
+        overlap = None
+        if self.mask_head is not None:
+            mask_targets = self._mask_targets(samples, matches, targets)
+            classes = gt_classes[samples.rois]
+            losses.update(self.mask_head.losses(trunk, classes, mask_targets)[0])
+            overlap = self.mask_head.overlap(mask_targets)
+        prediction = self.dense_head.predict(trunk)
+        losses.update(self.dense_head.losses(prediction, samples.boxes, gt_boxes, overlap)[0])
         return [], losses
+
+    def _mask_targets(
+        self, samples: DenseSamples, matches: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> MaskTargets:
+        assert self.mask_head is not None
+        side, objects = self.mask_head.side, torch.cat(matches)[samples.rois]
+        counts = torch.bincount(samples.images, minlength=len(targets)).tolist()
+        parts = []
+        for target, index, rois in zip(
+            targets, objects.split(counts), samples.boxes.split(counts), strict=True
+        ):
+            if "masks" not in target or len(index) == 0:
+                parts.append(MaskTargets.none(len(rois), side, rois.device))
+                continue
+            masks = target["masks"] > 0
+            height, width = masks.shape[1:]
+            frames = rois.new_tensor([0, 0, width, height]).expand(len(masks), 4)
+            parts.append(crop_masks(masks, frames, index, rois, side))
+        return MaskTargets.cat(parts)
 
     def check_targets(self, targets: list[dict[str, Tensor]] | None) -> None:
         """Refuse labels outside of 1 to K, which the losses would turn into nonsense or a crash."""
@@ -163,28 +213,6 @@ class D2DetRoIHeads(RoIHeads):
         """torchvision's labels, 0 being background, as classes of which the last is background."""
         return torch.where(labels > 0, labels - 1, self.num_classes)
 
-    def _dense_losses(
-        self,
-        maps: list[Tensor],
-        boxes: Tensor,
-        gt_boxes: Tensor,
-        gt_classes: Tensor,
-        images: Tensor,
-        sizes: Tensor,
-    ) -> dict[str, Tensor]:
-        samples = dense_samples(
-            boxes,
-            gt_classes,
-            images,
-            sizes,
-            num_classes=self.num_classes,
-            max_positive_per_image=self.max_positive_per_image,
-            jitter=self.jitter,
-        )
-        prediction = self.dense_head(self.dense_pooler(maps, _rois(samples.images, samples.boxes)))
-        losses, _ = self.dense_head.losses(prediction, samples.boxes, gt_boxes[samples.rois])
-        return losses
-
     def _detections(
         self, maps: list[Tensor], logits: Tensor, boxes: Tensor, images: Tensor, sizes: Tensor
     ) -> list[dict[str, Tensor]]:
@@ -194,10 +222,30 @@ class D2DetRoIHeads(RoIHeads):
             )
 
         found = detect(boxes, logits, images, sizes, self.settings, regress)
-        return [
+        results = [
             {"boxes": image.boxes, "labels": image.classes + 1, "scores": image.scores}
             for image in split_by_image(found, len(sizes))
         ]
+        if self.mask_head is not None:
+            self._add_masks(maps, results)
+        return results
+
+    def _add_masks(self, maps: list[Tensor], results: list[dict[str, Tensor]]) -> None:
+        """Masks of the regressed boxes, which are pooled anew."""
+        assert self.mask_head is not None
+        counts = [len(found["boxes"]) for found in results]
+        boxes = torch.cat([found["boxes"] for found in results])
+        rois = _rois(image_index(counts, boxes.device), boxes)
+        masks, scores = self.mask_head.predict(
+            self.dense_head.tower(self.dense_pooler(maps, rois)),
+            torch.cat([found["labels"] for found in results]) - 1,
+            torch.cat([found["scores"] for found in results]),
+        )
+        for found, mask in zip(results, masks.split(counts), strict=True):
+            found["masks"] = mask
+        if scores is not None:
+            for found, score in zip(results, scores.split(counts), strict=True):
+                found["mask_scores"] = score
 
 
 def _rois(images: Tensor, boxes: Tensor) -> Tensor:

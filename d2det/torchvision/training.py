@@ -26,6 +26,7 @@ class DetectorModule(L.LightningModule):
         max_steps: of the training; the rate falls to a tenth after 77 % and 92 % of them.
         warmup_steps: over which the rate rises linearly from a hundredth.
         class_names: for AP by class.
+        masks: evaluate masks too, ranked by "mask_scores" where the model gives them.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class DetectorModule(L.LightningModule):
         max_steps: int,
         warmup_steps: int,
         class_names: list[str],
+        masks: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -43,8 +45,12 @@ class DetectorModule(L.LightningModule):
         self.max_steps = max_steps
         self.warmup_steps = warmup_steps
         self.class_names = class_names
-        self.metric = MeanAveragePrecision(class_metrics=True)
-        self.metric.warn_on_many_detections = False
+        self.metrics: Any = nn.ModuleDict({"bbox/": MeanAveragePrecision(class_metrics=True)})
+        if masks:
+            self.metrics["segm/"] = MeanAveragePrecision(iou_type="segm", class_metrics=True)
+        metric: Any
+        for metric in self.metrics.values():
+            metric.warn_on_many_detections = False
 
     def training_step(self, batch: tuple[list[Tensor], list[Any]], index: int) -> Tensor:
         images, targets = batch
@@ -60,17 +66,21 @@ class DetectorModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[list[Tensor], list[Any]], index: int) -> None:
         images, targets = batch
-        self.metric.update(self.model(images), targets)
+        found = self.model(images)
+        self.metrics["bbox/"].update(found, targets)
+        if "segm/" in self.metrics:
+            self.metrics["segm/"].update([_by_mask_score(f) for f in found], targets)
 
     def on_validation_epoch_end(self) -> None:
-        result = self.metric.compute()
-        self.metric.reset()
-        names = {"map": "AP", "map_50": "AP50", "map_75": "AP75"}
-        self.log_dict({ours: 100 * result[theirs] for theirs, ours in names.items()}, prog_bar=True)
-        per_class = result["map_per_class"].reshape(-1).tolist()
-        present = result["classes"].reshape(-1).tolist()
-        for label, value in zip(present, per_class, strict=True):
-            self.log(f"AP-{self.class_names[label - 1]}", 100 * value)
+        for task, metric in self.metrics.items():
+            result = metric.compute()
+            metric.reset()
+            for theirs, ours in (("map", "AP"), ("map_50", "AP50"), ("map_75", "AP75")):
+                self.log(f"{task}{ours}", 100 * result[theirs], prog_bar=True)
+            per_class = result["map_per_class"].reshape(-1).tolist()
+            present = result["classes"].reshape(-1).tolist()
+            for label, value in zip(present, per_class, strict=True):
+                self.log(f"{task}AP-{self.class_names[label - 1]}", 100 * value)
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -84,3 +94,12 @@ class DetectorModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def _by_mask_score(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Predictions of masks: binary, (M, H, W), with the scores that rank them."""
+    return {
+        "masks": found["masks"][:, 0] > 0.5,
+        "labels": found["labels"],
+        "scores": found.get("mask_scores", found["scores"]),
+    }

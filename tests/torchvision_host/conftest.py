@@ -56,3 +56,23 @@ def scene():
         {"boxes": torch.tensor([[5.0, 5, 40, 50]]), "labels": torch.tensor([2])},
     ]
     return images, targets
+
+
+@pytest.fixture
+def with_masks(scene):
+    """The scene's objects as filled boxes."""
+    images, targets = scene
+    for image, target in zip(images, targets, strict=True):
+        masks = torch.zeros(len(target["boxes"]), *image.shape[-2:], dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, target["boxes"].int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        target["masks"] = masks
+    return images, targets
+
+
+MASKS = {"conv_dim": 8, "norm": None, "score_fc_dim": 8}
+
+
+@pytest.fixture
+def mask_settings():
+    return dict(MASKS)

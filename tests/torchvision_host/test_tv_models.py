@@ -68,6 +68,51 @@ def test_no_detections_above_the_threshold(tiny, scene):
     assert [len(f["boxes"]) for f in found] == [0, 0]
 
 
+def test_masks_train_and_come_out_in_the_images_size(tiny, with_masks, mask_settings):
+    images, targets = with_masks
+    model = tiny(masks=mask_settings)
+    losses = model(images, targets)
+    assert losses["loss_mask"] > 0 and "loss_mask_iou" in losses
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        found = model(images)
+    for prediction, image in zip(found, images, strict=True):
+        count = len(prediction["boxes"])
+        assert count > 0 and prediction["masks"].shape == (count, 1, *image.shape[-2:])
+        assert prediction["mask_scores"].shape == (count,)
+
+
+def test_images_without_masks_train_their_boxes(tiny, with_masks, mask_settings):
+    images, targets = with_masks
+    del targets[1]["masks"]
+    mixed = tiny(masks=mask_settings)(images, targets)
+    assert mixed["loss_mask"] > 0
+    del targets[0]["masks"]
+    none = tiny(masks=mask_settings)(images, targets)
+    assert none["loss_mask"] == 0 and none["loss_dense_reg"] > 0
+
+
+def test_no_detections_have_no_masks(tiny, scene, mask_settings):
+    model = tiny(masks=mask_settings).eval()
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[-1] = 100.0  # background
+        found = model(scene[0])
+    assert [f["masks"].shape[0] for f in found] == [0, 0]
+
+
+def test_the_papers_settings_for_masks(tiny):
+    model = tiny(masks={"conv_dim": 16}, rpn_post_nms_top_n_test=None)
+    settings = model.roi_heads.settings
+    assert (settings.score_threshold, settings.nms_threshold, settings.soft_nms) == (
+        0.05,
+        0.3,
+        None,
+    )
+    assert model.rpn._post_nms_top_n["testing"] == 700
+
+
 @pytest.mark.parametrize("label", [0, 4])
 def test_labels_outside_the_classes_are_refused(tiny, scene, label):
     images, targets = scene

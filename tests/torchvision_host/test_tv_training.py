@@ -88,8 +88,9 @@ def test_train_evaluate_resume(tiny, coco, tmp_path, monkeypatch, capsys):
     common = [*map(str, paths), "--output", str(output), "--batch-size", "2", "--num-pictures", "1"]
     main([*common, "--max-steps", "2"])
     results = json.loads((output / "results.json").read_text())
-    assert {"AP", "AP50", "AP75", "AP-cat", "AP-dog"} <= set(results)
-    assert 0 <= results["AP"] <= 100
+    names = {"AP", "AP50", "AP75", "AP-cat", "AP-dog"}
+    assert {f"bbox/{name}" for name in names} == set(results)
+    assert 0 <= results["bbox/AP"] <= 100
     assert [p.name for p in (output / "pictures").iterdir()] == ["1.png"]
     assert "AP50" in capsys.readouterr().out
     weights = torch.load(output / "model_final.pth")
@@ -99,6 +100,31 @@ def test_train_evaluate_resume(tiny, coco, tmp_path, monkeypatch, capsys):
     main([*common, "--max-steps", "3", "--resume"])
     checkpoint = torch.load(output / "last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_masks_are_evaluated_too(tiny, tmp_path, monkeypatch, mask_settings):
+    polygon = [[10, 5, 30, 5, 30, 35, 10, 35]]
+    box = {"image_id": 1, "category_id": 7, "bbox": [10, 5, 20, 30], "segmentation": polygon}
+    coco = write_coco(tmp_path / "coco", [box])
+    data = CocoBoxes(coco, coco.parent, train=False, masks=True)
+    assert data[0][1]["masks"].sum() == 20 * 30 and data[1][1]["masks"].shape == (0, 40, 60)
+    monkeypatch.setattr(
+        models,
+        "d2det_quickstart",
+        lambda num_classes, masks: tiny(num_classes, masks=mask_settings),
+    )
+    output = tmp_path / "run"
+    paths = ["--train-json", coco, "--train-images", coco.parent]
+    paths += ["--val-json", coco, "--val-images", coco.parent, "--output", output]
+    main([*map(str, paths), "--masks", "--max-steps", "1", "--num-pictures", "1"])
+    results = json.loads((output / "results.json").read_text())
+    assert {"bbox/AP", "segm/AP", "segm/AP-cat"} <= set(results)
+
+
+def test_objects_without_masks_are_named(coco):
+    with pytest.raises(ValueError, match="have no segmentation, the first with id 1"):
+        CocoBoxes(coco, coco.parent, train=False, masks=True)
 
 
 def test_batches_are_lists():
