@@ -81,10 +81,11 @@ class DiscriminativePooling(nn.Module):
         offset_fc_dim: width of the two hidden layers of the offset predictor.
         gamma: an offset of 1 shifts a bin by this fraction of the RoI's width or height.
         sampling_ratio: points a side in each of the 2k x 2k bins.
+        offset_sampling_ratio: points a side in each of the m x m bins.
         weighting: "normalized", "unnormalized" or "none" (the average of each cell's four bins).
         coefficient: of the sigmoid in the normalised weights' exponent.
         per_level: parameters for each level, as released, or one set for all.
-        convention: "aligned" or "psroi".
+        convention: "aligned", or "psroi" for the releases', whose boxes name their last pixel.
 
     Raises:
         ValueError: an unknown weighting, or an output size below 2.
@@ -103,6 +104,7 @@ class DiscriminativePooling(nn.Module):
         offset_fc_dim: int = 1024,
         gamma: float = 0.1,
         sampling_ratio: int = 1,
+        offset_sampling_ratio: int = 2,
         weighting: str = "normalized",
         coefficient: float = 12.0,
         per_level: bool = True,
@@ -118,6 +120,7 @@ class DiscriminativePooling(nn.Module):
         self.offset_resolution = offset_resolution or output_size // 2
         self.gamma = gamma
         self.sampling_ratio = sampling_ratio
+        self.offset_sampling_ratio = offset_sampling_ratio
         self.weighting = weighting
         self.coefficient = coefficient
         self.convention = convention
@@ -139,7 +142,7 @@ class DiscriminativePooling(nn.Module):
         Returns:
             (R, C, k, k).
         """
-        level = assign_levels(rois[:, 1:], self.strides)
+        level = assign_levels(rois[:, 1:], self.strides, inclusive=self.convention == "psroi")
         if len(self.levels) == 1:
             return self._pool(features, rois, level, [rois.shape[0]])
         # Sorted by level, each level's RoIs are a contiguous slice for its own parameters.
@@ -151,7 +154,9 @@ class DiscriminativePooling(nn.Module):
     def _pool(
         self, features: Sequence[Tensor], rois: Tensor, level: Tensor, counts: list[int]
     ) -> Tensor:
-        small = self._sample(features, rois, level, None, self.offset_resolution, 2)
+        small = self._sample(
+            features, rois, level, None, self.offset_resolution, self.offset_sampling_ratio
+        )
         offsets = self._by_level("offsets", small, counts)
         if self.weighting == "none":
             # The mean over a cell's 2 x 2 bins is a cell with twice the points a side.

@@ -12,7 +12,7 @@ from torch import Tensor
 CANONICAL_SIZE_AT_STRIDE_1 = 14.0
 
 
-def assign_levels(boxes: Tensor, strides: Sequence[float]) -> Tensor:
+def assign_levels(boxes: Tensor, strides: Sequence[float], *, inclusive: bool = False) -> Tensor:
     """Index of the level of each box: floor(log2(sqrt(w h) / 14)) - log2(finest stride), clamped.
 
     For strides 4 to 32 that is floor(log2(sqrt(w h) / 56)).
@@ -20,6 +20,7 @@ def assign_levels(boxes: Tensor, strides: Sequence[float]) -> Tensor:
     Args:
         boxes: (R, 4), in pixels.
         strides: of the L levels, fine to coarse, each twice the one before.
+        inclusive: boxes name their last pixel, as the releases' do: sides are one pixel longer.
 
     Returns:
         (R,) int64 in [0, L).
@@ -30,7 +31,12 @@ def assign_levels(boxes: Tensor, strides: Sequence[float]) -> Tensor:
     finest = math.log2(strides[0])
     if any(math.log2(s) != finest + i for i, s in enumerate(strides)):
         raise ValueError(f"strides must double from level to level, got {list(strides)}")
-    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1).float().sqrt()
-    # detectron2 adds the same 1e-8 inside the logarithm: sizes at a boundary go up.
-    level = torch.floor(torch.log2(size / CANONICAL_SIZE_AT_STRIDE_1 + 1e-8)) - finest
+    sides = boxes[:, 2:] - boxes[:, :2] + (1 if inclusive else 0)
+    size = sides.clamp(min=0).prod(dim=1).float().sqrt()
+    if inclusive:
+        # The releases divide by the size at the finest level first, and add more.
+        level = torch.floor(torch.log2(size / (CANONICAL_SIZE_AT_STRIDE_1 * strides[0]) + 1e-6))
+    else:
+        # detectron2 adds the same 1e-8 inside the logarithm: sizes at a boundary go up.
+        level = torch.floor(torch.log2(size / CANONICAL_SIZE_AT_STRIDE_1 + 1e-8)) - finest
     return level.clamp(min=0, max=len(strides) - 1).to(torch.int64)
