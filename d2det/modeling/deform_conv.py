@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import Tensor, nn
 
+from d2det.core.deformable_conv import offset_layer, split_offsets
 from d2det.ops import modulated_deform_conv2d
+
+__all__ = ["DeformConv2d", "offset_layer", "split_offsets"]
 
 
 class DeformConv2d(nn.Module):
@@ -69,45 +71,3 @@ class DeformConv2d(nn.Module):
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))
         return f"{shape}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
-
-
-def offset_layer(conv: nn.Conv2d, modulated: bool, groups: int) -> nn.Conv2d:
-    """The convolution that predicts offsets, and modulation logits, for `conv` made deformable.
-
-    It has the kernel, stride and dilation of `conv` and starts at zero, so that taps start in
-    their regular places, with a modulation of 0.5 (DCNv2, Sec. 3.1).
-
-    Args:
-        conv: the convolution to be deformed.
-        modulated: v2, with logits; else v1.
-        groups: groups of input channels with offsets of their own, G.
-    """
-    taps = conv.kernel_size[0] * conv.kernel_size[1]
-    layer = nn.Conv2d(
-        conv.in_channels,
-        (3 if modulated else 2) * taps * groups,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-    )
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def split_offsets(raw: Tensor, modulated: bool) -> tuple[Tensor, Tensor | None]:
-    """Offsets and modulation of an offset layer's output: two thirds, and the rest's sigmoid.
-
-    Args:
-        raw: (N, 3 G taps, Ho, Wo), or (N, 2 G taps, Ho, Wo) where not modulated.
-
-    Returns:
-        Offsets (N, 2 G taps, Ho, Wo), y before x, and modulation (N, G taps, Ho, Wo) in (0, 1), or
-        None. The layout is detectron2's.
-    """
-    if not modulated:
-        return raw, None
-    count = raw.shape[1] // 3
-    offset, logits = torch.split(raw, [2 * count, count], dim=1)
-    return offset, logits.sigmoid()
