@@ -4,7 +4,12 @@ Shape letters used throughout: R, number of RoIs; C, channels; k, side of the Ro
 classes; L, number of feature levels. Boxes are (x1, y1, x2, y2) in pixels, widths are x2 - x1.
 """
 
-from d2det.core.deform_conv import DeformableConv2d
+from d2det.core.deformable_conv import (
+    DeformableConv2d,
+    offset_layer,
+    reset_offsets,
+    split_offsets,
+)
 from d2det.core.deformable_pooling import DeformablePooling
 from d2det.core.dense_regression import DensePrediction, DenseRegression
 from d2det.core.detection import DetectionSettings, dense_samples, detect
@@ -54,10 +59,13 @@ __all__ = [
     "jitter_boxes",
     "mimic_loss",
     "nms_candidates",
+    "offset_layer",
     "overlap_loss",
     "overlap_targets",
+    "reset_offsets",
     "sample_positives",
     "select_rois",
+    "split_offsets",
     "suppress",
     "threshold_candidates",
 ]

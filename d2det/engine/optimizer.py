@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -13,8 +15,7 @@ def scale_offset_lr(optimizer: Optimizer, model: nn.Module, factor: float) -> No
 
     Args:
         optimizer: of `model`, with the rates of all parameters.
-        model: offset layers are its modules whose name ends in "_offset" (`conv2_offset`, in
-            detectron2's blocks and ours).
+        model: see `offset_groups`.
         factor: 0.1 in DCNv2; 1 changes nothing, not even the grouping.
 
     Raises:
@@ -22,21 +23,36 @@ def scale_offset_lr(optimizer: Optimizer, model: nn.Module, factor: float) -> No
     """
     if factor < 0:
         raise ValueError(f"SOLVER.OFFSET_LR_FACTOR must not be negative, got {factor}")
-    if factor == 1:
-        return
+    if factor != 1:
+        for group in offset_groups(optimizer, model):
+            group["lr"] *= factor
+
+
+def offset_groups(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
+    """Give the offset layers of deformable convolutions parameter groups of their own, in place.
+
+    Args:
+        optimizer: of `model`.
+        model: offset layers are its modules whose name ends in "_offset" (`conv2_offset`, in
+            detectron2's blocks and ours).
+
+    Returns:
+        Those of the optimizer's groups that now hold offset layers and nothing else.
+    """
     chosen = {
         id(parameter)
         for name, module in model.named_modules()
         if name.endswith("_offset")
         for parameter in module.parameters()
     }
+    groups = []
     for group in list(optimizer.param_groups):
         ours = [p for p in group["params"] if id(p) in chosen]
-        if not ours:
-            continue
         others = [p for p in group["params"] if id(p) not in chosen]
-        if others:
+        if ours and others:
             group["params"] = others
-            optimizer.add_param_group({**group, "params": ours, "lr": group["lr"] * factor})
-        else:
-            group["lr"] *= factor
+            optimizer.add_param_group({**group, "params": ours})
+            group = optimizer.param_groups[-1]
+        if ours:
+            groups.append(group)
+    return groups

@@ -16,6 +16,12 @@ PREFIX = "torchvision://"
 # torchvision's V2 weights come from another recipe; detectors and their published results use V1.
 _DEFAULT_WEIGHTS = "IMAGENET1K_V1"
 _STEM = "stem.conv1.weight"
+_MODULES = {
+    "downsample.0": "shortcut",
+    "downsample.1": "shortcut.norm",
+    "conv2.conv_offset": "conv2_offset",
+    "conv2_offset": "conv2_offset",
+}
 
 
 def torchvision_state_dict(url: str) -> dict[str, torch.Tensor]:
@@ -92,7 +98,7 @@ def to_detectron2_names(state: dict, model: nn.Module) -> dict:
         )
     renamed = {}
     for name, value in state.items():
-        target = _rename(name)
+        target = detectron2_name(name)
         target = name if target is None else prefixes[0] + target
         if not target.endswith("num_batches_tracked") or target in names:
             renamed[target] = value
@@ -100,19 +106,25 @@ def to_detectron2_names(state: dict, model: nn.Module) -> dict:
     return renamed
 
 
-def _rename(name: str) -> str | None:
-    """'layer1.0.bn2.weight' -> 'res2.0.conv2.norm.weight'; None for what is no backbone layer."""
+def detectron2_name(name: str) -> str | None:
+    """'layer1.0.bn2.weight' -> 'res2.0.conv2.norm.weight'; None for what is no backbone layer.
+
+    The offset layers of `d2det.classification` are known too, as 'conv2.conv_offset'.
+    """
     stem = re.fullmatch(r"(conv|bn)1\.(\w+)", name)
     if stem:
         return f"stem.conv1.{'norm.' if stem[1] == 'bn' else ''}{stem[2]}"
-    layer = re.fullmatch(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)", name)
+    layer = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)\.(\w+)", name)
     if not layer:
         return None
-    stage, block, kind, number, parameter = layer.groups()
-    if kind == "downsample.":  # 0 is the convolution, 1 its norm
-        module = "shortcut" if number == "0" else "shortcut.norm"
+    stage, block, module, parameter = layer.groups()
+    number = re.fullmatch(r"(conv|bn)(\d)", module)
+    if number:
+        module = f"conv{number[2]}" + (".norm" if number[1] == "bn" else "")
+    elif module in _MODULES:
+        module = _MODULES[module]
     else:
-        module = f"conv{number}" + (".norm" if kind == "bn" else "")
+        return None
     return f"res{int(stage) + 1}.{block}.{module}.{parameter}"
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor
 
-from d2det.core.deform_conv import offset_layer, split_offsets
+from d2det.core import offset_layer, split_offsets
 from d2det.modeling.deform_conv import DeformConv2d
 
 

@@ -80,7 +80,12 @@ def count(cfg: CfgNode, height: int, width: int) -> Count:
     trace = OnePass(model, cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     step = max(1, model.backbone.size_divisibility)
     padded = (-(-side // step) * step for side in (height, width))
-    analysis = FlopCountAnalysis(trace, (torch.rand(1, 3, *padded),))
+    return Count(parameters, *count_operations(trace, torch.rand(1, 3, *padded)))
+
+
+def count_operations(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    """Multiply-adds of one pass: those of convolutions and FC layers, and those of sampling."""
+    analysis = FlopCountAnalysis(model, (image,))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     analysis.set_op_handle("d2det::modulated_deform_conv2d", _deform_conv)
@@ -89,7 +94,7 @@ def count(cfg: CfgNode, height: int, width: int) -> Count:
     with torch.no_grad():
         by_operator = analysis.by_operator()
     products = sum(int(by_operator[name]) for name in PRODUCTS)  # norms, for one, are left out
-    return Count(parameters, products, int(by_operator[SAMPLING]))
+    return products, int(by_operator[SAMPLING])
 
 
 def _count_parameters(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ def make_deformable(
     stages: Sequence[str] = ("layer2", "layer3", "layer4"),
     *,
     modulated: bool = True,
-    deform_groups: int = 1,
+    offset_groups: int = 1,
 ) -> nn.Module:
     """Make the 3 x 3 convolutions (`conv2`) of a ResNet's stages deformable, in place.
 
@@ -30,7 +30,7 @@ def make_deformable(
     Args:
         model: a torchvision ResNet or ResNeXt, or what holds its stages.
         stages: of "layer1" to "layer4"; the paper's conv3 to conv5 by default.
-        modulated, deform_groups: see `d2det.core.DeformableConv2d`.
+        modulated, offset_groups: see `d2det.core.DeformableConv2d`.
 
     Returns:
         The model.
@@ -43,9 +43,7 @@ def make_deformable(
         if blocks is None:
             raise ValueError(f"the model has no stage {stage!r}; choose among {STAGES}")
         for block in blocks:
-            block.conv2 = DeformableConv2d.from_conv(
-                block.conv2, modulated=modulated, deform_groups=deform_groups
-            )
+            block.conv2 = DeformableConv2d(block.conv2, modulated, offset_groups)
     return model
 
 

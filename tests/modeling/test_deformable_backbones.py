@@ -13,7 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_resnet_backbone
 from detectron2.modeling.backbone import resnet as detectron2_resnet
 
-from d2det.core.deform_conv import split_offsets
+from d2det.core import split_offsets
 from d2det.engine.optimizer import scale_offset_lr
 from d2det.engine.weights import to_detectron2_names
 from d2det.modeling.backbone import replace_deform_convs
