@@ -71,6 +71,7 @@ def _add_discriminative_roi_pooling(cfg: CfgNode, CN: type) -> None:
     drp.GAMMA = 0.1  # an offset of 1 shifts a bin by this fraction of the RoI's size
     # Points a side in each of the 2k x 2k bins; 1: the paper's four points a cell are the bins.
     drp.SAMPLING_RATIO = 1
+    drp.OFFSET_SAMPLING_RATIO = 2  # the same in the bins that predict offsets
     # "normalized": sum(w f) / sum(w), w = exp(c sigmoid); as released.
     # "unnormalized": average of 2 sigmoid * f over the window; as the paper writes it.
     # "none": uniform weights, i.e. deformable RoI pooling; the paper's ablation.

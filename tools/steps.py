@@ -232,8 +232,8 @@ def _no_detectron2(why: str, remedy: str, retry: bool = False) -> Gap:
     return Gap(
         missing="detectron2",
         why=why,
-        works="d2det.ops, d2det.core and d2det.torchvision, on which `make demo` and `make test` then "
-        "run; not train_net.py and the configs",
+        works="d2det.ops, d2det.core and d2det.torchvision, on which make demo and make test run; "
+        "not train_net.py and the configs",
         remedy=remedy,
         retry=retry,
     )

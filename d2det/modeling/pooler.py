@@ -47,6 +47,7 @@ class DiscriminativeRoIPooler(DiscriminativePooling):
             "offset_fc_dim": drp.OFFSET_FC_DIM,
             "gamma": drp.GAMMA,
             "sampling_ratio": drp.SAMPLING_RATIO,
+            "offset_sampling_ratio": drp.OFFSET_SAMPLING_RATIO,
             "weighting": drp.WEIGHTING,
             "coefficient": drp.WEIGHT_COEFFICIENT,
             "per_level": drp.PER_LEVEL,
