@@ -20,6 +20,7 @@ from d2det.core.selection import (
     SoftNMS,
     clip_boxes,
     nms_candidates,
+    pool_candidates,
     suppress,
     threshold_candidates,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "nms_candidates",
     "overlap_loss",
     "overlap_targets",
+    "pool_candidates",
     "sample_positives",
     "select_rois",
     "suppress",

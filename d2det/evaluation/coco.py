@@ -18,8 +18,8 @@ from pycocotools.cocoeval import COCOeval
 
 from .coco_keypoints import evaluate_keypoints
 from .coco_metrics import (
-    IoUs,
     CocoProtocol,
+    IoUs,
     Result,
     ap_by_iou,
     difference,

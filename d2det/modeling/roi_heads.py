@@ -156,27 +156,72 @@ class D2DetROIHeads(DeformableROIHeads):
     def _forward_box(
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor] | list[Instances]:
-        maps = [features[name] for name in self.box_in_features]
         if not self.training:
-            check_finite(maps)
-        boxes = [p.proposal_boxes for p in proposals]
-        box_features = self.box_head(self.box_pooler(maps, boxes))
+            candidates = self.box_candidates(features, proposals)
+            return self.detections(candidates, [p.image_size for p in proposals])
+        maps = [features[name] for name in self.box_in_features]
+        box_features = self.box_head(self.box_pooler(maps, [p.proposal_boxes for p in proposals]))
         if self.dense_head is None:
-            other = box_features if self.delta_branch is None else self.delta_branch(maps, boxes)
-            predictions = (
-                self.box_predictor.cls_score(box_features.flatten(1)),
-                self.box_predictor.bbox_pred(other.flatten(1)),
+            predictions = self._delta_predictions(maps, box_features, proposals)
+            return self.box_predictor.losses(predictions, proposals)
+        gt_classes = torch.cat([p.gt_classes for p in proposals])
+        losses = self.box_predictor.losses(self.box_predictor(box_features), gt_classes)
+        losses.update(self._dense_losses(maps, proposals))
+        return losses
+
+    def box_candidates(self, features: dict[str, Tensor], proposals: list[Instances]) -> Candidates:
+        """Scored and regressed boxes of all images, before those of a class compete.
+
+        Test-time augmentation pools them over its views and passes them on to `detections`.
+        """
+        maps = [features[name] for name in self.box_in_features]
+        check_finite(maps)
+        box_features = self.box_head(self.box_pooler(maps, [p.proposal_boxes for p in proposals]))
+        if self.dense_head is None:
+            predictions = self._delta_predictions(maps, box_features, proposals)
+            candidates = self._delta_candidates(predictions, proposals)
+        else:
+            candidates = self._dense_candidates(maps, self.box_predictor(box_features), proposals)
+        sizes = torch.tensor([p.image_size for p in proposals], device=candidates.boxes.device)
+        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes[candidates.images]))
+
+    def detections(
+        self,
+        candidates: Candidates,
+        sizes: list[tuple[int, int]],
+        *,
+        pooled: bool = False,
+    ) -> list[Instances]:
+        """What is left of the candidates once those of a class have competed.
+
+        Args:
+            candidates: of `box_candidates`, or several such of the same images pooled.
+            sizes: height and width of each image.
+            pooled: the candidates are those of several views. Where a model's boxes do not compete
+                once they are moved (dense regression without soft-NMS), views would repeat each
+                object: plain NMS at `nms_thresh` merges them.
+        """
+        if self.soft_nms is None and (pooled or self.dense_head is None):
+            candidates = nms_candidates(
+                candidates,
+                iou_threshold=self.nms_thresh,
+                limit=self.detections_per_image,
+                num_images=len(sizes),
             )
-            if self.training:
-                return self.box_predictor.losses(predictions, proposals)
-            return self._detect_by_deltas(predictions, proposals)
-        logits = self.box_predictor(box_features)
-        if self.training:
-            gt_classes = torch.cat([p.gt_classes for p in proposals])
-            losses = self.box_predictor.losses(logits, gt_classes)
-            losses.update(self._dense_losses(maps, proposals))
-            return losses
-        return self._detect_densely(maps, logits, proposals)
+        found = suppress(
+            candidates, self.soft_nms, limit=self.detections_per_image, num_images=len(sizes)
+        )
+        order = found.images.argsort(stable=True)
+        counts = torch.bincount(found.images, minlength=len(sizes)).tolist()
+        results = []
+        parts = (x[order].split(counts) for x in found[:3])
+        for size, boxes, scores, classes in zip(sizes, *parts, strict=True):
+            result = Instances(size)
+            result.pred_boxes = Boxes(boxes)
+            result.scores = scores
+            result.pred_classes = classes
+            results.append(result)
+        return results
 
     def _dense_losses(self, maps: list[Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         images = image_index([len(p) for p in proposals], maps[0].device)
@@ -200,9 +245,9 @@ class D2DetROIHeads(DeformableROIHeads):
             storage.put_scalar(f"dense_reg/{name}", value)
         return losses
 
-    def _detect_densely(
+    def _dense_candidates(
         self, maps: list[Tensor], logits: Tensor, proposals: list[Instances]
-    ) -> list[Instances]:
+    ) -> Candidates:
         candidates = threshold_candidates(
             torch.cat([p.proposal_boxes.tensor for p in proposals]),
             logits.float().softmax(dim=1),
@@ -217,53 +262,32 @@ class D2DetROIHeads(DeformableROIHeads):
         )
         features = self._dense_features(maps, candidates.images, candidates.boxes)
         boxes = self.dense_head.boxes(self.dense_head(features), candidates.boxes)
-        return self._finish(candidates._replace(boxes=boxes), proposals)
+        return candidates._replace(boxes=boxes)
 
-    def _detect_by_deltas(
+    def _delta_predictions(
+        self, maps: list[Tensor], box_features: Tensor, proposals: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        other = box_features
+        if self.delta_branch is not None:
+            other = self.delta_branch(maps, [p.proposal_boxes for p in proposals])
+        return (
+            self.box_predictor.cls_score(box_features.flatten(1)),
+            self.box_predictor.bbox_pred(other.flatten(1)),
+        )
+
+    def _delta_candidates(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
-    ) -> list[Instances]:
+    ) -> Candidates:
         boxes = torch.cat(self.box_predictor.predict_boxes(predictions, proposals))
         scores = torch.cat(self.box_predictor.predict_probs(predictions, proposals))
         if boxes.shape[1] != 4:
             boxes = boxes.view(boxes.shape[0], self.num_classes, 4)
         images = image_index([len(p) for p in proposals], boxes.device)
-        candidates = threshold_candidates(boxes, scores, images, self.score_thresh)
-        if self.soft_nms is None:
-            candidates = self._clip(candidates, proposals)
-            candidates = nms_candidates(
-                candidates,
-                iou_threshold=self.nms_thresh,
-                limit=self.detections_per_image,
-                num_images=len(proposals),
-            )
-        return self._finish(candidates, proposals)
+        return threshold_candidates(boxes, scores, images, self.score_thresh)
 
     def _dense_features(self, maps: list[Tensor], images: Tensor, boxes: Tensor) -> Tensor:
         rois = torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)
         return self.dense_pooler(maps, rois)
-
-    def _clip(self, candidates: Candidates, proposals: list[Instances]) -> Candidates:
-        sizes = image_sizes(proposals, candidates.boxes)[candidates.images]
-        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes))
-
-    def _finish(self, candidates: Candidates, proposals: list[Instances]) -> list[Instances]:
-        detections = suppress(
-            self._clip(candidates, proposals),
-            self.soft_nms,
-            limit=self.detections_per_image,
-            num_images=len(proposals),
-        )
-        order = detections.images.argsort(stable=True)
-        counts = torch.bincount(detections.images, minlength=len(proposals)).tolist()
-        results = []
-        parts = (x[order].split(counts) for x in detections[:3])
-        for proposal, boxes, scores, classes in zip(proposals, *parts, strict=True):
-            result = Instances(proposal.image_size)
-            result.pred_boxes = Boxes(boxes)
-            result.scores = scores
-            result.pred_classes = classes
-            results.append(result)
-        return results
 
 
 def image_index(counts: list[int], device: torch.device) -> Tensor:
