@@ -10,7 +10,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from d2det.core import (
@@ -24,6 +23,7 @@ from d2det.core import (
     suppress,
     threshold_candidates,
 )
+from d2det.modeling.batch import check_finite, image_index, image_sizes, put_scalars
 from d2det.modeling.box_branches import (
     ClassPredictor,
     build_classification_head,
@@ -31,20 +31,21 @@ from d2det.modeling.box_branches import (
     build_delta_predictor,
 )
 from d2det.modeling.dense_head import build_dense_regression_head
+from d2det.modeling.dense_masks import DenseMaskROIHeads
 from d2det.modeling.pooler import build_box_pooler
 from d2det.modeling.shapes import channels_and_strides
-from d2det.modeling.standard_heads import DeformableROIHeads
 
 
 @ROI_HEADS_REGISTRY.register()
-class D2DetROIHeads(DeformableROIHeads):
+class D2DetROIHeads(DenseMaskROIHeads):
     """Separate branches for what an object is and where it is (Sec. 3).
 
     The classification branch scores the proposals; the dense regression branch moves the best of
     them. All images of a batch go through each in one call. Without a dense head the second branch
     predicts plain box deltas: the paper's baseline.
 
-    Mask and keypoint heads are detectron2's, on the regressed boxes.
+    A `D2DetMaskHead` reads the tower of dense regression, in a second pooling from the regressed
+    boxes. Other mask heads, and keypoint heads, are detectron2's, on the same boxes.
     """
 
     @configurable
@@ -84,6 +85,8 @@ class D2DetROIHeads(DeformableROIHeads):
                 predicted boxes, of which this class has none in training.
         """
         super().__init__(**kwargs)
+        if self.dense_masks and not hasattr(dense_head, "tower"):
+            raise ValueError("D2DetMaskHead needs a dense_head with a tower to read")
         if (dense_head is None) != (dense_pooler is None):
             raise ValueError("dense_head and dense_pooler come together")
         if dense_head is not None and delta_branch is not None:
@@ -182,8 +185,8 @@ class D2DetROIHeads(DeformableROIHeads):
             candidates = self._delta_candidates(predictions, proposals)
         else:
             candidates = self._dense_candidates(maps, self.box_predictor(box_features), proposals)
-        sizes = torch.tensor([p.image_size for p in proposals], device=candidates.boxes.device)
-        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes[candidates.images]))
+        sizes = image_sizes(proposals, candidates.boxes)[candidates.images]
+        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes))
 
     def detections(
         self,
@@ -225,10 +228,9 @@ class D2DetROIHeads(DeformableROIHeads):
 
     def _dense_losses(self, maps: list[Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         images = image_index([len(p) for p in proposals], maps[0].device)
+        gt_classes = torch.cat([p.gt_classes for p in proposals])
         positive = sample_positives(
-            torch.cat([p.gt_classes for p in proposals]),
-            self.num_classes,
-            self.max_positive_per_image * len(proposals),
+            gt_classes, self.num_classes, self.max_positive_per_image * len(proposals)
         )
         images = images[positive]
         # detectron2 gives the proposals of an image without objects no gt_boxes.
@@ -237,13 +239,21 @@ class D2DetROIHeads(DeformableROIHeads):
         )[positive]
         boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])[positive]
         boxes = jitter_boxes(boxes.detach(), image_sizes(proposals, boxes)[images], self.jitter)
-        prediction = self.dense_head(self._dense_features(maps, images, boxes))
-        losses, statistics = self.dense_head.losses(prediction, boxes, gt_boxes)
-        storage = get_event_storage()
-        storage.put_scalar("dense_reg/num_rois", positive.numel())
-        for name, value in statistics.items():
-            storage.put_scalar(f"dense_reg/{name}", value)
-        return losses
+        features = self._dense_features(maps, images, boxes)
+        put_scalars("dense_reg", {"num_rois": positive.numel()})
+        if not self.dense_masks:
+            losses, statistics = self.dense_head.losses(self.dense_head(features), boxes, gt_boxes)
+            put_scalars("dense_reg", statistics)
+            return losses
+        trunk = self.dense_head.tower(features)
+        targets, mask_losses = self._mask_losses(
+            trunk, gt_classes[positive], proposals, positive, images, boxes
+        )
+        losses, statistics = self.dense_head.losses(
+            self.dense_head.predict(trunk), boxes, gt_boxes, self.mask_head.overlap(targets)
+        )
+        put_scalars("dense_reg", statistics)
+        return {**losses, **mask_losses}
 
     def _dense_candidates(
         self, maps: list[Tensor], logits: Tensor, proposals: list[Instances]
@@ -288,31 +298,3 @@ class D2DetROIHeads(DeformableROIHeads):
     def _dense_features(self, maps: list[Tensor], images: Tensor, boxes: Tensor) -> Tensor:
         rois = torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)
         return self.dense_pooler(maps, rois)
-
-
-def image_index(counts: list[int], device: torch.device) -> Tensor:
-    """The image of each box (R,), given the number of boxes of each image."""
-    repeats = torch.tensor(counts, dtype=torch.int64, device=device)
-    return torch.arange(len(counts), device=device).repeat_interleave(
-        repeats, output_size=sum(counts)
-    )
-
-
-def image_sizes(instances: list[Instances], like: Tensor) -> Tensor:
-    """Height and width of each image (N, 2)."""
-    return torch.tensor([x.image_size for x in instances], device=like.device, dtype=like.dtype)
-
-
-def check_finite(maps: list[Tensor]) -> None:
-    """Refuse NaN and Inf, which thresholds and NMS would turn into "no objects here".
-
-    The coarsest map is enough: every pixel of the image reaches it.
-    """
-    finite = torch.isfinite(maps[-1]).flatten(1).all(dim=1)
-    if not finite.all():
-        bad = (~finite).nonzero()[:, 0].tolist()
-        raise FloatingPointError(
-            f"the features of image(s) {bad} of the batch contain NaN or Inf: look for such values "
-            "in the input (a float image?) and in the weights (a training that diverged?); under "
-            "float16, features may overflow: try bfloat16 (SOLVER.AMP.PRECISION bf16)"
-        )
