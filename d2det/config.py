@@ -38,7 +38,7 @@ def add_d2det_config(cfg: CfgNode) -> CfgNode:
     _add_backbone(cfg)
     _add_mimicking(cfg, CN)
     _add_solver(cfg)
-    _add_test(cfg)
+    _add_test(cfg, CN)
     return cfg
 
 
@@ -47,6 +47,9 @@ def _add_roi_heads(cfg: CfgNode, CN: type) -> None:
     # Sec. 3: classification and regression never share features. True gives the paper's other
     # baseline (Table 2, "shared head"), possible only with dense regression switched off.
     heads.SHARED_BRANCH = False
+    # The RoI branches see boxes that name their last pixel (x2 - x1 + 1 wide), as the releases'
+    # weights were trained on; the rest of detectron2 goes on with boxes that end behind it.
+    heads.INCLUSIVE_BOXES = False
     # Boxes that go on to dense regression after NMS on the proposals (releases: 125).
     heads.PRE_REGRESSION_TOPK = 125
     # Per-class soft-NMS on the regressed boxes (Bodla et al., ICCV 2017). Several proposals may be
@@ -194,7 +197,15 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.BEST_CHECKPOINT = ""
 
 
-def _add_test(cfg: CfgNode) -> None:
+def _add_test(cfg: CfgNode, CN: type) -> None:
+    # COCO evaluation (evaluator_type "coco"). Area ranges: [label, smallest, largest area in
+    # pixels], each a metric "AP<label>"; COCO's are below. iSAID's, with MAX_DETS 1000:
+    # [["s", 100, 20736], ["m", 20736, 262144], ["l", 262144, 1e10]] (10^2, 144^2, 512^2).
+    cfg.TEST.COCO = coco = CN()
+    coco.AREA_RANGES = [["s", 0, 1024], ["m", 1024, 9216], ["l", 9216, 1e10]]
+    # Best detections of an image that count, class by class as in pycocotools. The model returns at
+    # most TEST.DETECTIONS_PER_IMAGE.
+    coco.MAX_DETS = 100
     # Pictures of detections beside ground truth that are written after an evaluation; 0: none.
     cfg.TEST.NUM_PICTURES = 16
     cfg.TEST.PICTURE_SCORE_THRESH = 0.3  # detections below this score are not drawn

@@ -12,9 +12,17 @@ from d2det.core.deformable_conv import (
 )
 from d2det.core.deformable_pooling import DeformablePooling
 from d2det.core.dense_regression import DensePrediction, DenseRegression
-from d2det.core.detection import DetectionSettings, dense_samples, detect
+from d2det.core.detection import (
+    DetectionSettings,
+    dense_candidates,
+    dense_samples,
+    detect,
+    image_index,
+    split_by_image,
+)
 from d2det.core.discriminative_pooling import DiscriminativePooling
 from d2det.core.grid import average_boxes, cell_centers, decode_offsets, encode_offsets
+from d2det.core.inclusive import from_inclusive, to_inclusive
 from d2det.core.jitter import jitter_boxes
 from d2det.core.levels import assign_levels
 from d2det.core.losses import dense_iou_loss, overlap_loss
@@ -29,6 +37,7 @@ from d2det.core.selection import (
     SoftNMS,
     clip_boxes,
     nms_candidates,
+    pool_candidates,
     suppress,
     threshold_candidates,
 )
@@ -52,20 +61,26 @@ __all__ = [
     "crop_masks",
     "crop_patches",
     "decode_offsets",
+    "dense_candidates",
     "dense_iou_loss",
     "dense_samples",
     "detect",
     "encode_offsets",
     "jitter_boxes",
+    "from_inclusive",
+    "image_index",
     "mimic_loss",
     "nms_candidates",
     "offset_layer",
     "overlap_loss",
     "overlap_targets",
+    "pool_candidates",
     "reset_offsets",
     "sample_positives",
     "select_rois",
+    "split_by_image",
     "split_offsets",
     "suppress",
     "threshold_candidates",
+    "to_inclusive",
 ]

@@ -35,7 +35,7 @@ class DetectionSettings:
     soft_nms: SoftNMS | None = field(default_factory=SoftNMS)  # on the regressed boxes
 
 
-def detect(
+def dense_candidates(
     proposals: Tensor,
     logits: Tensor,
     images: Tensor,
@@ -43,7 +43,7 @@ def detect(
     settings: DetectionSettings,
     regress: Callable[[Tensor, Tensor], Tensor],
 ) -> Candidates:
-    """Detections of a batch of images.
+    """Scored and regressed boxes, before those of a class compete.
 
     Args:
         proposals: (R, 4), in pixels.
@@ -54,9 +54,8 @@ def detect(
         regress: from images (M,) and boxes (M, 4) of the candidates to their regressed boxes.
 
     Returns:
-        The detections, in falling score order over all images.
+        The best proposals that NMS leaves, moved by regression and clipped to their images.
     """
-    num_images = image_sizes.shape[0]
     candidates = threshold_candidates(
         proposals, logits.float().softmax(dim=1), images, settings.score_threshold
     )
@@ -64,12 +63,20 @@ def detect(
         candidates,
         iou_threshold=settings.nms_threshold,
         limit=settings.pre_regression_topk,
-        num_images=num_images,
+        num_images=image_sizes.shape[0],
     )
     boxes = regress(candidates.images, candidates.boxes)
-    boxes = clip_boxes(boxes, image_sizes[candidates.images])
+    return candidates._replace(boxes=clip_boxes(boxes, image_sizes[candidates.images]))
+
+
+def detect(candidates: Candidates, settings: DetectionSettings, num_images: int) -> Candidates:
+    """Detections of a batch of images: soft-NMS, and the best of each.
+
+    Returns:
+        In falling score order over all images; see `split_by_image`.
+    """
     return suppress(
-        candidates._replace(boxes=boxes),
+        candidates,
         settings.soft_nms,
         limit=settings.detections_per_image,
         num_images=num_images,

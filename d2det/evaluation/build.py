@@ -9,6 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 
 from .coco import CocoEvaluator
+from .coco_metrics import read_protocol
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -26,7 +27,7 @@ def build_evaluator(
     "pascal_voc".
 
     Boxes are evaluated always, masks and keypoints if the model predicts them; masks only if the
-    ground truth has them.
+    ground truth has them. Area ranges and numbers of detections of "coco": TEST.COCO.
 
     Args:
         cfg: decides what is evaluated.
@@ -34,7 +35,7 @@ def build_evaluator(
         output_folder: for the predictions; default `OUTPUT_DIR/inference/<dataset_name>`.
 
     Raises:
-        ValueError: an evaluator type this project does not serve.
+        ValueError: an evaluator type this project does not serve, or unfit keys of TEST.COCO.
     """
     output_folder = output_folder or inference_folder(cfg, dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
@@ -46,6 +47,7 @@ def build_evaluator(
             dataset_name,
             tasks,
             output_dir=output_folder,
+            protocol=read_protocol(cfg.TEST.COCO.AREA_RANGES, cfg.TEST.COCO.MAX_DETS),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
     if kind == "lvis":

@@ -10,14 +10,6 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 
-def image_index(counts: list[int], device: torch.device) -> Tensor:
-    """The image of each box (R,), given the number of boxes of each image."""
-    repeats = torch.tensor(counts, dtype=torch.int64, device=device)
-    return torch.arange(len(counts), device=device).repeat_interleave(
-        repeats, output_size=sum(counts)
-    )
-
-
 def image_sizes(instances: list[Instances], like: Tensor) -> Tensor:
     """Height and width of each image (N, 2)."""
     return torch.tensor([x.image_size for x in instances], device=like.device, dtype=like.dtype)

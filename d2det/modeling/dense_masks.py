@@ -12,8 +12,8 @@ from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, build_mask_hea
 from detectron2.structures import Instances
 from torch import Tensor
 
-from d2det.core import MaskTargets
-from d2det.modeling.batch import image_index, put_scalars
+from d2det.core import MaskTargets, image_index
+from d2det.modeling.batch import put_scalars
 from d2det.modeling.mask_head import D2DetMaskHead
 from d2det.modeling.mask_targets import mask_targets, share_masks
 from d2det.modeling.standard_heads import DeformableROIHeads

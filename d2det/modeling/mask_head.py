@@ -22,6 +22,8 @@ class D2DetMaskHead(MaskBranch):
     detectron2's mask heads are: `D2DetROIHeads` hands it the tower's output.
     """
 
+    masks_may_lack = True  # of objects in training: an empty mask counts as none
+
     @configurable
     def __init__(
         self,

@@ -14,16 +14,21 @@ from torch import Tensor, nn
 
 from d2det.core import (
     Candidates,
+    DetectionSettings,
     MultiLevelRoIAlign,
     SoftNMS,
     clip_boxes,
-    jitter_boxes,
+    dense_candidates,
+    dense_samples,
+    from_inclusive,
+    image_index,
     nms_candidates,
-    sample_positives,
+    split_by_image,
     suppress,
     threshold_candidates,
+    to_inclusive,
 )
-from d2det.modeling.batch import check_finite, image_index, image_sizes, put_scalars
+from d2det.modeling.batch import check_finite, image_sizes, put_scalars
 from d2det.modeling.box_branches import (
     ClassPredictor,
     build_classification_head,
@@ -62,6 +67,7 @@ class D2DetROIHeads(DenseMaskROIHeads):
         pre_regression_topk: int = 125,
         detections_per_image: int = 100,
         soft_nms: SoftNMS | None = None,
+        inclusive_boxes: bool = False,
         **kwargs: Any,
     ) -> None:
         """Besides the arguments of detectron2's `StandardROIHeads`:
@@ -79,6 +85,8 @@ class D2DetROIHeads(DenseMaskROIHeads):
             pre_regression_topk: candidates an image that reach the dense branch.
             detections_per_image: best detections that are returned.
             soft_nms: settings of soft-NMS on the regressed boxes; None for none.
+            inclusive_boxes: the branches see boxes that name their last pixel, as the releases'
+                weights were trained on (`d2det.core.to_inclusive`).
 
         Raises:
             ValueError: half a dense branch, one beside a delta branch, or training other heads on
@@ -103,6 +111,7 @@ class D2DetROIHeads(DenseMaskROIHeads):
         self.pre_regression_topk = pre_regression_topk
         self.detections_per_image = detections_per_image
         self.soft_nms = soft_nms
+        self.inclusive_boxes = inclusive_boxes
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
@@ -119,6 +128,7 @@ class D2DetROIHeads(DenseMaskROIHeads):
             soft_nms=SoftNMS(soft.METHOD, soft.IOU_THRESH, soft.SIGMA, soft.MIN_SCORE)
             if soft.ENABLED
             else None,
+            inclusive_boxes=heads.INCLUSIVE_BOXES,
         )
         return arguments
 
@@ -150,7 +160,12 @@ class D2DetROIHeads(DenseMaskROIHeads):
             cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             cfg.MODEL.ROI_BOX_HEAD.CLS_LOSS_WEIGHT,
         )
-        arguments["dense_pooler"] = MultiLevelRoIAlign(side, strides, dense.POOLER_SAMPLING_RATIO)
+        arguments["dense_pooler"] = MultiLevelRoIAlign(
+            side,
+            strides,
+            dense.POOLER_SAMPLING_RATIO,
+            "inclusive" if cfg.MODEL.ROI_HEADS.INCLUSIVE_BOXES else "aligned",
+        )
         arguments["dense_head"] = build_dense_regression_head(
             cfg, ShapeSpec(channels=channels, height=side, width=side)
         )
@@ -159,50 +174,95 @@ class D2DetROIHeads(DenseMaskROIHeads):
     def _forward_box(
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor] | list[Instances]:
-        maps = [features[name] for name in self.box_in_features]
         if not self.training:
-            check_finite(maps)
-        boxes = [p.proposal_boxes for p in proposals]
-        box_features = self.box_head(self.box_pooler(maps, boxes))
+            candidates = self.box_candidates(features, proposals)
+            return self.detections(candidates, [p.image_size for p in proposals])
+        maps = [features[name] for name in self.box_in_features]
+        box_features = self.box_head(self.box_pooler(maps, self._pooled_boxes(proposals)))
         if self.dense_head is None:
-            other = box_features if self.delta_branch is None else self.delta_branch(maps, boxes)
-            predictions = (
-                self.box_predictor.cls_score(box_features.flatten(1)),
-                self.box_predictor.bbox_pred(other.flatten(1)),
+            predictions = self._delta_predictions(maps, box_features, proposals)
+            return self.box_predictor.losses(predictions, proposals)
+        gt_classes = torch.cat([p.gt_classes for p in proposals])
+        losses = self.box_predictor.losses(self.box_predictor(box_features), gt_classes)
+        losses.update(self._dense_losses(maps, proposals))
+        return losses
+
+    def box_candidates(self, features: dict[str, Tensor], proposals: list[Instances]) -> Candidates:
+        """Scored and regressed boxes of all images, before those of a class compete.
+
+        Test-time augmentation pools them over its views and passes them on to `detections`.
+        """
+        maps = [features[name] for name in self.box_in_features]
+        check_finite(maps)
+        box_features = self.box_head(self.box_pooler(maps, self._pooled_boxes(proposals)))
+        if self.dense_head is None:
+            predictions = self._delta_predictions(maps, box_features, proposals)
+            candidates = self._delta_candidates(predictions, proposals)
+        else:
+            candidates = self._dense_candidates(maps, self.box_predictor(box_features), proposals)
+        sizes = image_sizes(proposals, candidates.boxes)[candidates.images]
+        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes))
+
+    def detections(
+        self,
+        candidates: Candidates,
+        sizes: list[tuple[int, int]],
+        *,
+        pooled: bool = False,
+    ) -> list[Instances]:
+        """What is left of the candidates once those of a class have competed.
+
+        Args:
+            candidates: of `box_candidates`, or several such of the same images pooled.
+            sizes: height and width of each image.
+            pooled: the candidates are those of several views. Where a model's boxes do not compete
+                once they are moved (dense regression without soft-NMS), views would repeat each
+                object: plain NMS at `nms_thresh` merges them.
+        """
+        if self.soft_nms is None and (pooled or self.dense_head is None):
+            candidates = nms_candidates(
+                candidates,
+                iou_threshold=self.nms_thresh,
+                limit=self.detections_per_image,
+                num_images=len(sizes),
             )
-            if self.training:
-                return self.box_predictor.losses(predictions, proposals)
-            return self._detect_by_deltas(predictions, proposals)
-        logits = self.box_predictor(box_features)
-        if self.training:
-            gt_classes = torch.cat([p.gt_classes for p in proposals])
-            losses = self.box_predictor.losses(logits, gt_classes)
-            losses.update(self._dense_losses(maps, proposals))
-            return losses
-        return self._detect_densely(maps, logits, proposals)
+        found = suppress(
+            candidates, self.soft_nms, limit=self.detections_per_image, num_images=len(sizes)
+        )
+        results = []
+        for size, image in zip(sizes, split_by_image(found, len(sizes)), strict=True):
+            result = Instances(size)
+            result.pred_boxes = Boxes(image.boxes)
+            result.scores = image.scores
+            result.pred_classes = image.classes
+            results.append(result)
+        return results
 
     def _dense_losses(self, maps: list[Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
-        images = image_index([len(p) for p in proposals], maps[0].device)
         gt_classes = torch.cat([p.gt_classes for p in proposals])
-        positive = sample_positives(
-            gt_classes, self.num_classes, self.max_positive_per_image * len(proposals)
+        samples = dense_samples(
+            torch.cat([p.proposal_boxes.tensor for p in proposals]),
+            gt_classes,
+            image_index([len(p) for p in proposals], maps[0].device),
+            image_sizes(proposals, maps[0]),
+            num_classes=self.num_classes,
+            max_positive_per_image=self.max_positive_per_image,
+            jitter=self.jitter,
         )
-        images = images[positive]
         # detectron2 gives the proposals of an image without objects no gt_boxes.
         gt_boxes = torch.cat(
             [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
-        )[positive]
-        boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])[positive]
-        boxes = jitter_boxes(boxes.detach(), image_sizes(proposals, boxes)[images], self.jitter)
-        features = self._dense_features(maps, images, boxes)
-        put_scalars("dense_reg", {"num_rois": positive.numel()})
+        )[samples.rois]
+        features = self._dense_features(maps, samples.images, samples.boxes)
+        put_scalars("dense_reg", {"num_rois": samples.rois.numel()})
+        boxes, gt_boxes = self._seen(samples.boxes), self._seen(gt_boxes)
         if not self.dense_masks:
             losses, statistics = self.dense_head.losses(self.dense_head(features), boxes, gt_boxes)
             put_scalars("dense_reg", statistics)
             return losses
         trunk = self.dense_head.tower(features)
         targets, mask_losses = self._mask_losses(
-            trunk, gt_classes[positive], proposals, positive, images, boxes
+            trunk, gt_classes[samples.rois], proposals, *samples
         )
         losses, statistics = self.dense_head.losses(
             self.dense_head.predict(trunk), boxes, gt_boxes, self.mask_head.overlap(targets)
@@ -210,67 +270,51 @@ class D2DetROIHeads(DenseMaskROIHeads):
         put_scalars("dense_reg", statistics)
         return {**losses, **mask_losses}
 
-    def _detect_densely(
+    def _dense_candidates(
         self, maps: list[Tensor], logits: Tensor, proposals: list[Instances]
-    ) -> list[Instances]:
-        candidates = threshold_candidates(
-            torch.cat([p.proposal_boxes.tensor for p in proposals]),
-            logits.float().softmax(dim=1),
-            image_index([len(p) for p in proposals], logits.device),
-            self.score_thresh,
-        )
-        candidates = nms_candidates(
-            candidates,
-            iou_threshold=self.nms_thresh,
-            limit=self.pre_regression_topk,
-            num_images=len(proposals),
-        )
-        features = self._dense_features(maps, candidates.images, candidates.boxes)
-        boxes = self.dense_head.boxes(self.dense_head(features), candidates.boxes)
-        return self._finish(candidates._replace(boxes=boxes), proposals)
+    ) -> Candidates:
+        def regress(images: Tensor, boxes: Tensor) -> Tensor:
+            prediction = self.dense_head(self._dense_features(maps, images, boxes))
+            moved = self.dense_head.boxes(prediction, self._seen(boxes))
+            return from_inclusive(moved) if self.inclusive_boxes else moved
 
-    def _detect_by_deltas(
+        boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
+        settings = DetectionSettings(
+            self.score_thresh, self.nms_thresh, self.pre_regression_topk, self.detections_per_image
+        )
+        images = image_index([len(p) for p in proposals], logits.device)
+        return dense_candidates(
+            boxes, logits, images, image_sizes(proposals, boxes), settings, regress
+        )
+
+    def _delta_predictions(
+        self, maps: list[Tensor], box_features: Tensor, proposals: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        other = box_features
+        if self.delta_branch is not None:
+            other = self.delta_branch(maps, self._pooled_boxes(proposals))
+        return (
+            self.box_predictor.cls_score(box_features.flatten(1)),
+            self.box_predictor.bbox_pred(other.flatten(1)),
+        )
+
+    def _delta_candidates(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
-    ) -> list[Instances]:
+    ) -> Candidates:
         boxes = torch.cat(self.box_predictor.predict_boxes(predictions, proposals))
         scores = torch.cat(self.box_predictor.predict_probs(predictions, proposals))
         if boxes.shape[1] != 4:
             boxes = boxes.view(boxes.shape[0], self.num_classes, 4)
         images = image_index([len(p) for p in proposals], boxes.device)
-        candidates = threshold_candidates(boxes, scores, images, self.score_thresh)
-        if self.soft_nms is None:
-            candidates = self._clip(candidates, proposals)
-            candidates = nms_candidates(
-                candidates,
-                iou_threshold=self.nms_thresh,
-                limit=self.detections_per_image,
-                num_images=len(proposals),
-            )
-        return self._finish(candidates, proposals)
+        return threshold_candidates(boxes, scores, images, self.score_thresh)
 
     def _dense_features(self, maps: list[Tensor], images: Tensor, boxes: Tensor) -> Tensor:
-        rois = torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)
+        rois = torch.cat((images[:, None].to(boxes.dtype), self._seen(boxes)), dim=1)
         return self.dense_pooler(maps, rois)
 
-    def _clip(self, candidates: Candidates, proposals: list[Instances]) -> Candidates:
-        sizes = image_sizes(proposals, candidates.boxes)[candidates.images]
-        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes))
+    def _pooled_boxes(self, proposals: list[Instances]) -> list[Boxes]:
+        return [Boxes(self._seen(p.proposal_boxes.tensor)) for p in proposals]
 
-    def _finish(self, candidates: Candidates, proposals: list[Instances]) -> list[Instances]:
-        detections = suppress(
-            self._clip(candidates, proposals),
-            self.soft_nms,
-            limit=self.detections_per_image,
-            num_images=len(proposals),
-        )
-        order = detections.images.argsort(stable=True)
-        counts = torch.bincount(detections.images, minlength=len(proposals)).tolist()
-        results = []
-        parts = (x[order].split(counts) for x in detections[:3])
-        for proposal, boxes, scores, classes in zip(proposals, *parts, strict=True):
-            result = Instances(proposal.image_size)
-            result.pred_boxes = Boxes(boxes)
-            result.scores = scores
-            result.pred_classes = classes
-            results.append(result)
-        return results
+    def _seen(self, boxes: Tensor) -> Tensor:
+        """Boxes as the branches see them."""
+        return to_inclusive(boxes) if self.inclusive_boxes else boxes

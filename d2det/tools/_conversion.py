@@ -153,23 +153,24 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def write_weights(path: str | Path, state: Mapping[str, Tensor], author: str) -> None:
+def write_weights(
+    path: str | Path, state: Mapping[str, Tensor], author: str, *, by_ending: bool = True
+) -> None:
     """Write weights for MODEL.WEIGHTS, complete or not at all.
-
-    detectron2 matches the names to a model's by their ends ("matching_heuristics"), so that those
-    of a backbone fit under "backbone." as well as under "backbone.bottom_up.".
 
     Args:
         path: ending in .pth, or in .pkl for detectron2's older form, of NumPy arrays.
         state: by name.
         author: what made the file; detectron2 asks for it in a .pkl.
+        by_ending: detectron2 is to match the names to a model's by their ends, so that those of a
+            backbone fit under "backbone." as well as under "backbone.bottom_up.".
 
     Raises:
         ConversionError: another ending.
     """
     path = Path(path).expanduser()
     check_format(path)
-    content = {"model": dict(state), "__author__": author, "matching_heuristics": True}
+    content = {"model": dict(state), "__author__": author, "matching_heuristics": by_ending}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(str(path)) as file:
         if path.suffix == ".pth":

@@ -218,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_format(args.output)
         state, _ = find_state_dict(read_checkpoint(args.input), "plain")
         done, source = convert(state)
-        write_weights(args.output, done.state, author=f"d2det, from {args.input.rsplit('/')[-1]}")
+        author = f"d2det, from {args.input.rsplit('/')[-1]}"
+        write_weights(args.output, done.state, author, by_ending=False)
     except ConversionError as error:
         sys.exit(f"error: {args.input}: {error}")
     print(f"{args.input}: release {source.release}, ResNet-{source.depth}")

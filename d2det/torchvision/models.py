@@ -49,6 +49,7 @@ class D2Det(GeneralizedRCNN):
         regression: arguments of `d2det.core.DenseRegression`; the releases' tower by default.
         detection: from scores to detections; the releases' test settings by default, with masks
             those for instance segmentation.
+        inclusive_boxes: see `D2DetRoIHeads`; for weights of the authors' releases.
         masks: predict masks too (Sec. 3.3): True, or arguments of `d2det.core.MaskBranch`.
     """
 
@@ -78,6 +79,7 @@ class D2Det(GeneralizedRCNN):
         regression: Mapping[str, Any] | None = None,
         detection: DetectionSettings | None = None,
         masks: Mapping[str, Any] | bool = False,
+        inclusive_boxes: bool = False,
     ) -> None:
         with_masks = masks is not False
         if rpn_post_nms_top_n_test is None:
@@ -114,7 +116,10 @@ class D2Det(GeneralizedRCNN):
             box_pooler=box_pooler,
             box_head=ClassificationHead(channels * box_pooler.output_size**2, fc_dim),
             box_predictor=ClassScores(fc_dim, classes),
-            dense_pooler=MultiLevelRoIAlign(14, strides, sampling_ratio=2),
+            dense_pooler=MultiLevelRoIAlign(
+                14, strides, 2, "inclusive" if inclusive_boxes else "aligned"
+            ),
+            inclusive_boxes=inclusive_boxes,
             dense_head=dense_head,
             mask_head=mask_head,
             feature_names=[str(i) for i in range(len(strides))],

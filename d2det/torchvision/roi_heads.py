@@ -12,20 +12,21 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from d2det.core import (
     DenseRegression,
+    DetectionSettings,
     DiscriminativePooling,
     MaskBranch,
     MaskTargets,
     MultiLevelRoIAlign,
     crop_masks,
-)
-from d2det.core.detection import (
-    DenseSamples,
-    DetectionSettings,
+    dense_candidates,
     dense_samples,
     detect,
+    from_inclusive,
     image_index,
     split_by_image,
+    to_inclusive,
 )
+from d2det.core.detection import DenseSamples
 
 
 class ClassificationHead(nn.Sequential):
@@ -72,6 +73,8 @@ class D2DetRoIHeads(RoIHeads):
         settings: from scores to detections.
         jitter, max_positive_per_image: see `d2det.core.detection.dense_samples`.
         cls_loss_weight: weight of the classification loss.
+        inclusive_boxes: the branches see boxes that name their last pixel, as the releases' weights
+            were trained on.
         fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction: as in torchvision.
     """
 
@@ -90,6 +93,7 @@ class D2DetRoIHeads(RoIHeads):
         jitter: float = 0.15,
         max_positive_per_image: int = 96,
         cls_loss_weight: float = 2.0,
+        inclusive_boxes: bool = False,
         fg_iou_thresh: float = 0.5,
         bg_iou_thresh: float = 0.5,
         batch_size_per_image: int = 512,
@@ -112,6 +116,7 @@ class D2DetRoIHeads(RoIHeads):
         self.jitter = jitter
         self.max_positive_per_image = max_positive_per_image
         self.cls_loss_weight = cls_loss_weight
+        self.inclusive_boxes = inclusive_boxes
 
     def forward(
         self,
@@ -140,7 +145,7 @@ class D2DetRoIHeads(RoIHeads):
             proposals, matches, labels, _ = self.select_training_samples(proposals, targets)
         images = image_index([len(p) for p in proposals], maps[0].device)
         boxes = torch.cat(proposals)
-        logits = self.box_predictor(self.box_head(self.box_pooler(maps, _rois(images, boxes))))
+        logits = self.box_predictor(self.box_head(self.box_pooler(maps, self._rois(images, boxes))))
         sizes = boxes.new_tensor(image_shapes)
         if not self.training:
             return self._detections(maps, logits, boxes, images, sizes), {}
@@ -164,7 +169,8 @@ class D2DetRoIHeads(RoIHeads):
                 for t, m, p in zip(targets, matches, proposals, strict=True)
             ]
         )[samples.rois]
-        trunk = self.dense_head.tower(self.dense_pooler(maps, _rois(samples.images, samples.boxes)))
+        rois = self._rois(samples.images, samples.boxes)
+        trunk = self.dense_head.tower(self.dense_pooler(maps, rois))
         overlap = None
         if self.mask_head is not None:
             mask_targets = self._mask_targets(samples, matches, targets)
@@ -172,7 +178,8 @@ class D2DetRoIHeads(RoIHeads):
             losses.update(self.mask_head.losses(trunk, classes, mask_targets)[0])
             overlap = self.mask_head.overlap(mask_targets)
         prediction = self.dense_head.predict(trunk)
-        losses.update(self.dense_head.losses(prediction, samples.boxes, gt_boxes, overlap)[0])
+        seen, gt_seen = self._seen(samples.boxes), self._seen(gt_boxes)
+        losses.update(self.dense_head.losses(prediction, seen, gt_seen, overlap)[0])
         return [], losses
 
     def _mask_targets(
@@ -217,11 +224,12 @@ class D2DetRoIHeads(RoIHeads):
         self, maps: list[Tensor], logits: Tensor, boxes: Tensor, images: Tensor, sizes: Tensor
     ) -> list[dict[str, Tensor]]:
         def regress(images: Tensor, boxes: Tensor) -> Tensor:
-            return self.dense_head.boxes(
-                self.dense_head(self.dense_pooler(maps, _rois(images, boxes))), boxes
-            )
+            prediction = self.dense_head(self.dense_pooler(maps, self._rois(images, boxes)))
+            moved = self.dense_head.boxes(prediction, self._seen(boxes))
+            return from_inclusive(moved) if self.inclusive_boxes else moved
 
-        found = detect(boxes, logits, images, sizes, self.settings, regress)
+        candidates = dense_candidates(boxes, logits, images, sizes, self.settings, regress)
+        found = detect(candidates, self.settings, len(sizes))
         results = [
             {"boxes": image.boxes, "labels": image.classes + 1, "scores": image.scores}
             for image in split_by_image(found, len(sizes))
@@ -235,7 +243,7 @@ class D2DetRoIHeads(RoIHeads):
         assert self.mask_head is not None
         counts = [len(found["boxes"]) for found in results]
         boxes = torch.cat([found["boxes"] for found in results])
-        rois = _rois(image_index(counts, boxes.device), boxes)
+        rois = self._rois(image_index(counts, boxes.device), boxes)
         masks, scores = self.mask_head.predict(
             self.dense_head.tower(self.dense_pooler(maps, rois)),
             torch.cat([found["labels"] for found in results]) - 1,
@@ -247,7 +255,10 @@ class D2DetRoIHeads(RoIHeads):
             for found, score in zip(results, scores.split(counts), strict=True):
                 found["mask_scores"] = score
 
+    def _rois(self, images: Tensor, boxes: Tensor) -> Tensor:
+        """(R, 5): batch index and box, as the poolers see it."""
+        return torch.cat((images[:, None].to(boxes.dtype), self._seen(boxes)), dim=1)
 
-def _rois(images: Tensor, boxes: Tensor) -> Tensor:
-    """(R, 5): batch index and box."""
-    return torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)
+    def _seen(self, boxes: Tensor) -> Tensor:
+        """Boxes as the branches see them."""
+        return to_inclusive(boxes) if self.inclusive_boxes else boxes

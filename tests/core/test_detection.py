@@ -3,13 +3,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2det.core import DetectionSettings, dense_samples, detect
-from d2det.core.detection import image_index, split_by_image
+from d2det.core import (
+    DetectionSettings,
+    dense_candidates,
+    dense_samples,
+    detect,
+    from_inclusive,
+    image_index,
+    split_by_image,
+    to_inclusive,
+)
 
 
 def test_images_of_boxes():
     assert image_index([2, 0, 1], torch.device("cpu")).tolist() == [0, 0, 2]
     assert image_index([0, 0], torch.device("cpu")).tolist() == []
+
+
+def run(proposals, logits, images, sizes, settings, regress):
+    candidates = dense_candidates(proposals, logits, images, sizes, settings, regress)
+    return detect(candidates, settings, len(sizes))
 
 
 def scored(*probabilities):
@@ -26,7 +39,7 @@ def test_steps_in_their_order():
         seen.append((images.tolist(), boxes.tolist()))
         return boxes + 1
 
-    found = detect(
+    found = run(
         proposals,
         logits,
         torch.tensor([0, 0, 0, 1]),
@@ -55,13 +68,13 @@ def test_limits_count_for_each_image():
         return boxes
 
     settings = DetectionSettings(pre_regression_topk=2, detections_per_image=1)
-    found = detect(proposals, logits, images, sizes, settings, regress)
+    found = run(proposals, logits, images, sizes, settings, regress)
     assert counts == [[2, 2]]
     assert found.images.tolist() == [0, 1]
 
 
 def test_no_proposals():
-    found = detect(
+    found = run(
         torch.zeros(0, 4),
         torch.zeros(0, 4),
         torch.zeros(0, dtype=torch.int64),
@@ -90,3 +103,10 @@ def test_samples_are_positives_of_their_images():
     )
     assert not torch.equal(moved.boxes, proposals[moved.rois])
     assert torch.equal(moved.rois, (classes < 3).nonzero()[:, 0])
+
+
+def test_inclusive_boxes_name_their_last_pixel():
+    # Pixels 10 to 19, 5 to 5.
+    ours = torch.tensor([[10.0, 5.0, 20.0, 6.0]])
+    assert to_inclusive(ours).tolist() == [[10, 5, 19, 5]]
+    assert torch.equal(from_inclusive(to_inclusive(ours)), ours)

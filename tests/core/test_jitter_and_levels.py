@@ -71,3 +71,12 @@ def test_levels_equal_detectron2():
     boxes = torch.cat((torch.zeros(2000, 2), size), dim=1)
     expected = poolers.assign_boxes_to_levels([structures.Boxes(boxes)], 2, 5, 224, 4)
     assert torch.equal(assign_levels(boxes, (4, 8, 16, 32)), expected)
+
+
+@pytest.mark.parametrize(
+    ("side", "level"), [(110.9, 0), (111, 1), (112, 1), (222.9, 1), (223, 2), (447, 3)]
+)
+def test_levels_of_the_releases(side, level):
+    # Boxes that name their last pixel are one pixel longer than x2 - x1.
+    boxes = torch.tensor([[10.0, 10.0, 10.0 + side, 10.0 + side]])
+    assert assign_levels(boxes, (4, 8, 16, 32), inclusive=True).tolist() == [level]

@@ -17,10 +17,16 @@ from d2det.core import DetectionSettings
 from d2det.modeling import D2DetROIHeads
 
 
-@pytest.fixture(params=[False, True], ids=["boxes", "masks"])
+@pytest.fixture(params=["boxes", "masks", "inclusive"])
 def both(request, tiny, mask_settings):
     """The RoI heads of both hosts, the second one with the first one's state dict."""
-    ours = tiny(masks=mask_settings if request.param else False).roi_heads
+    masks, inclusive = request.param == "masks", request.param == "inclusive"
+    convention = "psroi" if inclusive else "aligned"
+    ours = tiny(
+        masks=mask_settings if masks else False,
+        inclusive_boxes=inclusive,
+        pooling={"offset_fc_dim": 8, "convention": convention},
+    ).roi_heads
     cfg = d2det.add_d2det_config(get_cfg())
     cfg.MODEL.ROI_HEADS.IN_FEATURES = ["0", "1", "2"]
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
@@ -33,7 +39,9 @@ def both(request, tiny, mask_settings):
     box.DRP.OFFSET_FC_DIM = 8
     dense = cfg.MODEL.ROI_DENSE_REGRESSION_HEAD
     dense.NUM_CONV, dense.CONV_DIM, dense.NORM_GROUPS, dense.JITTER = 1, 12, 3, 0.0
-    if request.param:
+    cfg.MODEL.ROI_HEADS.INCLUSIVE_BOXES = inclusive
+    box.DRP.CONVENTION = convention
+    if masks:
         cfg.MODEL.MASK_ON = True
         cfg.MODEL.ROI_HEADS.NAME = "D2DetROIHeads"
         mask = cfg.MODEL.ROI_MASK_HEAD

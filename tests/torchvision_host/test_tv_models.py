@@ -203,3 +203,38 @@ def test_not_a_resnet():
 def test_the_quick_start_is_small():
     model = d2det_quickstart()
     assert model.backbone.out_channels == 32 and model.roi_heads.num_classes == 6
+
+
+def test_inclusive_boxes_decode_as_the_releases_do(tiny, scene):
+    """Cells at fractions of x2 - x1, where x2 names the last pixel; results end behind it again."""
+    heads = tiny(inclusive_boxes=True).roi_heads.eval()
+    calls = []
+    heads.dense_head.register_forward_hook(lambda _, __, out: calls.append(out))
+    generator = torch.Generator().manual_seed(5)
+    maps = {str(i): torch.randn(1, 8, 16 >> i, 16 >> i, generator=generator) for i in range(3)}
+    proposal = torch.tensor([[20.0, 30.0, 81.0, 75.0]])
+    with torch.no_grad():
+        ((found,), _) = heads(maps, [proposal], [(128, 128)])
+    ((offsets, logits),) = calls
+    x1, y1, x2, y2 = 20.0, 30.0, 80.0, 74.0
+    boxes = []
+    for m in range(len(offsets)):
+        cells = []
+        for i in range(7):
+            for j in range(7):
+                if logits[m, 0, i, j] > 0:
+                    x, y = x1 + (j + 0.5) * (x2 - x1) / 7, y1 + (i + 0.5) * (y2 - y1) / 7
+                    left, top, right, bottom = offsets[m, :, i, j].tolist()
+                    cells.append(
+                        [
+                            x - left * (x2 - x1),
+                            y - top * (y2 - y1),
+                            x + right * (x2 - x1) + 1,
+                            y + bottom * (y2 - y1) + 1,
+                        ]
+                    )
+        assert cells
+        boxes.append(torch.tensor(cells).mean(dim=0).clamp(0, 128))
+    assert len(found["boxes"]) > 0
+    for box in found["boxes"]:
+        assert min((box - b).abs().max() for b in boxes) < 1e-3
