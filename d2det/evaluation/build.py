@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, SemSegEvaluator
 
 from .coco import CocoEvaluator
+from .pascal_voc import PascalVOCEvaluator
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -22,11 +23,12 @@ def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
-    """The evaluator for a data set's "evaluator_type": "coco" (also if unset), "lvis" or
-    "pascal_voc".
+    """The evaluator for a data set's "evaluator_type": "coco" (also if unset), "lvis",
+    "pascal_voc", "sem_seg" or "cityscapes_sem_seg".
 
     Boxes are evaluated always, masks and keypoints if the model predicts them; masks only if the
-    ground truth has them.
+    ground truth has them. The last two are semantic segmentation, both by detectron2's
+    `SemSegEvaluator`, which needs none of Cityscapes' own scripts.
 
     Args:
         cfg: decides what is evaluated.
@@ -51,7 +53,11 @@ def build_evaluator(
     if kind == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_folder)
     if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
+        metric = cfg.TEST.get("VOC_METRIC", "year")
+        return PascalVOCEvaluator(dataset_name, output_dir=output_folder, metric=metric)
+    if kind in ("sem_seg", "cityscapes_sem_seg"):
+        return SemSegEvaluator(dataset_name, output_dir=output_folder)
     raise ValueError(
-        f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis and pascal_voc"
+        f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis, pascal_voc, "
+        "sem_seg and cityscapes_sem_seg"
     )
