@@ -126,7 +126,7 @@ def test_every_segmentation_config(name, train_net, segmentation, tmp_path):
         assert all(state["model"][n].any() for n in offsets if n.endswith("weight"))
 
 
-def test_training_learns_the_pictures(train_net, segmentation):
+def test_training_learns_the_pictures(train_net, segmentation, tmp_path):
     """The labels reach the model as classes, in their places, from a palette's indices."""
     opts = ["SOLVER.MAX_ITER", 60, "SOLVER.BASE_LR", 0.05, "MODEL.RESNETS.DEPTH", 18]
     opts += ["MODEL.RESNETS.NORM", "BN", "SOLVER.AMP.ENABLED", True, "TEST.EVAL_PERIOD", 0]
@@ -140,6 +140,8 @@ def test_training_learns_the_pictures(train_net, segmentation):
     ]
     opts += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 32]
     results = train_net(CONFIGS / "Segmentation/semantic_fpn_R_50_DCNv2_VOC.yaml", *SMALL, *opts)
+    sheet = cv2.imread(str(tmp_path / "run/pictures/voc_train_net/index.jpg"))
+    assert sheet.shape[1] > 2 * 960
     assert results["sem_seg"]["IoU-red"] > 50
     assert results["sem_seg"]["IoU-background"] > 80
 
