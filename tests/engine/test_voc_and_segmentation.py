@@ -198,13 +198,29 @@ def test_bad_input_is_explained_before_training(train_net, segmentation):
         train_net(config, *SMALL, "SOLVER.MAX_ITER", 8)
 
 
+def test_demo_and_predictor(program, tmp_path, segmentation):
+    from d2det import Predictor
+    from d2det.engine.setup import get_cfg
+
+    cfg = get_cfg(CONFIGS / "Segmentation/deeplab_v3_R_101_DCNv2_VOC.yaml")
+    cfg.merge_from_list(SMALL)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    image = next((segmentation / "JPEGImages").iterdir())
+    found = Predictor(cfg, tmp_path / "model.pth")(image)
+    assert found["sem_seg"].shape == (4, 64, 80)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    line = ["--weights", tmp_path / "model.pth", "--input", image, "--output", tmp_path / "drawn"]
+    with pytest.raises(SystemExit, match="error: this program draws detections"):
+        program("demo").main([str(item) for item in line])
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_any_size_head_equals_detectron2s(dilation):
     """On an image as large as the crop, with the same weights."""
     from d2det.engine.setup import get_cfg
 
     cfg = get_cfg(CONFIGS / "Segmentation/deeplab_v3_R_101_DCNv2_VOC.yaml")
-    cfg.merge_from_list([str(v) if isinstance(v, str) else v for v in SMALL])
+    cfg.merge_from_list(SMALL)
     cfg.MODEL.RESNETS.RES5_DILATION = dilation
     cfg.MODEL.SEM_SEG_HEAD.COMMON_STRIDE = 32 // dilation
     ours = build_model(cfg).eval()
