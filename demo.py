@@ -88,6 +88,11 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         merge_overrides(config, args.opts)
     else:
         config = LazyConfig.apply_overrides(config, args.opts)
+    if isinstance(config, CfgNode) and config.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+        raise ValueError(
+            "this program draws detections, and the config is of semantic segmentation: use "
+            'd2det.Predictor, whose output has "sem_seg", scores (classes, H, W)'
+        )
     return Predictor(
         config,
         args.weights,

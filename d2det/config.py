@@ -36,6 +36,7 @@ def add_d2det_config(cfg: CfgNode) -> CfgNode:
     _add_dense_regression(cfg, CN)
     _add_masks(cfg, CN)
     _add_backbone(cfg)
+    _add_segmentation(cfg)
     _add_mimicking(cfg, CN)
     _add_solver(cfg)
     _add_test(cfg, CN)
@@ -165,6 +166,15 @@ def _add_backbone(cfg: CfgNode) -> None:
     cfg.MODEL.RESNETS.C5_CHANNELS = 256
 
 
+def _add_segmentation(cfg: CfgNode) -> None:
+    from detectron2.projects.deeplab import add_deeplab_config
+
+    # detectron2's DeepLab keys. Those of MODEL.RESNETS (STEM_TYPE, RES4_DILATION, RES5_MULTI_GRID)
+    # are read by its own backbone alone, "build_resnet_deeplab_backbone".
+    if "ASPP_CHANNELS" not in cfg.MODEL.SEM_SEG_HEAD:
+        add_deeplab_config(cfg)
+
+
 def _add_mimicking(cfg: CfgNode, CN: type) -> None:
     # Deformable ConvNets v2, Sec. 3.3; read where META_ARCHITECTURE is "MimickingRCNN". Training
     # only: False leaves a GeneralizedRCNN.
@@ -206,6 +216,9 @@ def _add_test(cfg: CfgNode, CN: type) -> None:
     # Best detections of an image that count, class by class as in pycocotools. The model returns at
     # most TEST.DETECTIONS_PER_IMAGE.
     coco.MAX_DETS = 100
+    # How average precision is taken on PASCAL VOC: "11 points" (VOC 2007's), "area" (since 2010),
+    # or "year", by that of the test set, as in detectron2.
+    cfg.TEST.VOC_METRIC = "year"
     # Pictures of detections beside ground truth that are written after an evaluation; 0: none.
     cfg.TEST.NUM_PICTURES = 16
     cfg.TEST.PICTURE_SCORE_THRESH = 0.3  # detections below this score are not drawn

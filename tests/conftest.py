@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 HAS_EXTENSION = any(Path(__file__).parent.parent.glob("d2det/_C*.so"))
@@ -66,3 +68,68 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+VOC_CLASSES = ("red", "green", "blue")
+VOC_XML = """<annotation>
+	<folder>{folder}</folder>
+	<filename>{image}.jpg</filename>
+	<source><database>The VOC2007 Database</database><image>flickr</image></source>
+	<size><width>{width}</width><height>{height}</height><depth>3</depth></size>
+	<segmented>1</segmented>{objects}
+</annotation>
+"""
+VOC_OBJECT = """
+	<object>
+		<name>{name}</name>
+		<pose>Unspecified</pose>
+		<truncated>0</truncated>
+		<difficult>{difficult}</difficult>
+		<bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>
+	</object>"""
+
+# image -> (class, (x1, y1, x2, y2) with pixels counted from 1, difficult)
+VocObjects = Mapping[str, Sequence[tuple[str, tuple[int, int, int, int], bool]]]
+
+
+@pytest.fixture
+def write_voc(tmp_path: Path) -> Callable[..., Path]:
+    """A function that lays out PASCAL VOC's folders: XML, lists, pictures, label pictures.
+
+    The objects of `VOC_CLASSES` are rectangles of their colours; in the label pictures, which have
+    a palette as VOC's do, they are 1, 2 and 3, in a frame of 255.
+    """
+
+    def write(objects: VocObjects, split: str, size: tuple[int, int] = (80, 64)) -> Path:
+        folder = tmp_path / "VOC2007"
+        for part in ("Annotations", "JPEGImages", "SegmentationClass"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        for task in ("Main", "Segmentation"):
+            listed = folder / "ImageSets" / task
+            listed.mkdir(parents=True, exist_ok=True)
+            (listed / f"{split}.txt").write_text("".join(f"{image}\n" for image in objects))
+        width, height = size
+        palette = np.random.default_rng(1).permutation(256 * 3).astype(np.uint8).tolist()
+        for number, (image, items) in enumerate(objects.items()):
+            rng = np.random.default_rng(number)
+            pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
+            labels = np.zeros((height, width), np.uint8)
+            text = ""
+            for name, (x1, y1, x2, y2), difficult in items:
+                fields = {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "difficult": int(difficult)}
+                text += VOC_OBJECT.format(name=name, **fields)
+                if name in VOC_CLASSES:
+                    kind = VOC_CLASSES.index(name)
+                    pixels[y1 - 1 : y2, x1 - 1 : x2, kind] = 230
+                    labels[y1 - 1 : y2, x1 - 1 : x2] = 255
+                    labels[y1 : y2 - 1, x1 : x2 - 1] = kind + 1
+            fields = {"folder": folder.name, "image": image, "width": width, "height": height}
+            xml = VOC_XML.format(objects=text, **fields)
+            (folder / "Annotations" / f"{image}.xml").write_text(xml)
+            Image.fromarray(pixels).save(folder / "JPEGImages" / f"{image}.jpg", quality=95)
+            picture = Image.fromarray(labels, mode="P")
+            picture.putpalette(palette)
+            picture.save(folder / "SegmentationClass" / f"{image}.png")
+        return folder
+
+    return write

@@ -64,7 +64,7 @@ def _check_files(name: str) -> None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("generated"):
         return  # drawn when it is first asked for
-    for key in ("json_file", "image_root", "dirname"):
+    for key in ("json_file", "image_root", "dirname", "image_dir", "gt_dir", "sem_seg_root"):
         path = metadata.get(key)
         if not path or os.path.exists(path):
             continue
@@ -79,14 +79,16 @@ def _check_files(name: str) -> None:
 def _load_if_needed(name: str) -> None:
     """Load a data set that tells its classes only then, as detectron2's own registration does."""
     metadata = MetadataCatalog.get(name)
-    if metadata.get("thing_classes") or metadata.get("has_annotations") is not None:
+    known = metadata.get("thing_classes") or metadata.get("stuff_classes")
+    if known or metadata.get("has_annotations") is not None:
         return
     if len(DatasetCatalog.get(name)) == 0:
         raise ValueError(f"data set {name!r} is empty: it has no images")
 
 
 def _check_classes(cfg: CfgNode, names: tuple[str, ...]) -> None:
-    classes = {name: list(MetadataCatalog.get(name).get("thing_classes") or []) for name in names}
+    kind = "stuff_classes" if _is_segmentation(cfg) else "thing_classes"
+    classes = {name: list(MetadataCatalog.get(name).get(kind) or []) for name in names}
     # A test set without annotations may do without categories; others may not be of things.
     classes = {name: found for name, found in classes.items() if found}
     if not classes:
@@ -114,9 +116,15 @@ def _check_classes(cfg: CfgNode, names: tuple[str, ...]) -> None:
 def _class_count_key(cfg: CfgNode) -> str | None:
     if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS"):
         return "MODEL.RETINANET.NUM_CLASSES"
-    if cfg.MODEL.META_ARCHITECTURE in ("ProposalNetwork", "SemanticSegmentor"):
-        return None  # these know no classes of objects
+    if _is_segmentation(cfg):
+        return "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+        return None  # it knows no classes of objects
     return "MODEL.ROI_HEADS.NUM_CLASSES"
+
+
+def _is_segmentation(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
 
 
 def _first_gap(wanted: list[str], found: list[str]) -> str:
@@ -126,9 +134,21 @@ def _first_gap(wanted: list[str], found: list[str]) -> str:
     return f"{len(wanted)} in the one and {len(found)} in the other"
 
 
+def _check_labels(name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("stuff_classes"):
+        raise ValueError(
+            f"data set {name!r} has no classes of pixels (stuff_classes): semantic segmentation "
+            "needs them"
+        )
+
+
 def _check_trainable(cfg: CfgNode, name: str) -> None:
     metadata = MetadataCatalog.get(name)
     where = metadata.get("json_file", name)
+    if _is_segmentation(cfg):
+        _check_labels(name)
+        return
     if metadata.get("has_annotations") is False:
         raise ValueError(
             f"data set {name!r} ({where}) has no boxes: it can be tested, but not trained on"

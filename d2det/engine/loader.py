@@ -12,9 +12,11 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from d2det.data.mapper import TrainMapper
+from d2det.data.segmentation import SegmentationMapper
 from d2det.engine.resume import seeded_rng
 from d2det.engine.sampler import TrainingStream, derive_seed
 
@@ -112,7 +114,8 @@ def build_train_loader(
 
     Read from the config: DATASETS.TRAIN, DATALOADER.{SAMPLER_TRAIN, REPEAT_THRESHOLD, REPEAT_SQRT,
     FILTER_EMPTY_ANNOTATIONS, ASPECT_RATIO_GROUPING, NUM_WORKERS}, SOLVER.IMS_PER_BATCH, SEED (a
-    negative one: a random seed, logged), and INPUT by `TrainMapper`.
+    negative one: a random seed, logged), and INPUT by `TrainMapper`, for semantic segmentation by
+    `SegmentationMapper`.
 
     Raises:
         ValueError: the batch size does not fit the number of processes, the sampler is unknown, or
@@ -141,7 +144,9 @@ def build_train_loader(
     )
     # One buffer that forked workers share, instead of a copy of all records in each.
     dataset = DatasetFromList(records, copy=False) if isinstance(records, list) else records
-    mapper = TrainMapper(cfg, is_train=True) if mapper is None else mapper
+    if mapper is None:
+        segmentation = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+        mapper = SegmentationMapper(cfg) if segmentation else TrainMapper(cfg, is_train=True)
     return TrainLoader(SeededDataset(dataset, mapper), stream, cfg.DATALOADER.NUM_WORKERS)
 
 
@@ -183,10 +188,19 @@ def _repeat_factors(cfg: CfgNode, records: list[dict]) -> torch.Tensor | None:
 
 def _aspect_ratio_groups(records: list[dict]) -> list[int]:
     """0 for images wider than high, 1 for the others, as in detectron2."""
+    return [0 if width > height else 1 for width, height in map(_image_size, records)]
+
+
+def _image_size(record: dict) -> tuple[int, int]:
+    """Width and height; from the file's head, where a record, as of segmentation, lacks them."""
+    if "width" in record and "height" in record:
+        return record["width"], record["height"]
     try:
-        return [0 if record["width"] > record["height"] else 1 for record in records]
-    except KeyError as error:
+        with Image.open(record["file_name"]) as image:
+            return image.size
+    except (KeyError, OSError) as error:
         raise ValueError(
-            f"DATALOADER.ASPECT_RATIO_GROUPING needs {error} in every record of DATASETS.TRAIN; "
-            "give it or set the key to False."
+            "DATALOADER.ASPECT_RATIO_GROUPING needs 'width' and 'height' in every record of "
+            f"DATASETS.TRAIN, or an image that can be read ({error}); give them or set the key to "
+            "False."
         ) from error

@@ -196,6 +196,8 @@ def _check(cfg: CfgNode, args: Namespace) -> None:
             "MODEL.MIMIC.ENABLED needs MODEL.META_ARCHITECTURE MimickingRCNN: GeneralizedRCNN does "
             "not read it"
         )
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+        raise ValueError("TEST.AUG.ENABLED: detectron2 has it for detectors, not for segmentation")
     used = cfg.clone()
     used.defrost()
     if args.eval_only:  # data that will not be read need not be there

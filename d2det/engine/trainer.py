@@ -14,11 +14,13 @@ from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.evaluation.evaluator import inference_context
+from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
 from d2det.engine.amp import amp_dtype, autocast_calls
 from d2det.engine.checkpoint import Checkpointer
@@ -174,6 +176,11 @@ class Trainer(DefaultTrainer):
         optimizer = super().build_optimizer(cfg, model)
         scale_offset_lr(optimizer, model, cfg.SOLVER.OFFSET_LR_FACTOR)
         return optimizer
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """detectron2's, and DeepLab's "WarmupPolyLR"."""
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:

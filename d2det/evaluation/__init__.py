@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .build import build_evaluator, inference_folder
 from .coco import CocoEvaluator
+from .pascal_voc import PascalVOCEvaluator
 
-__all__ = ["CocoEvaluator", "build_evaluator", "inference_folder"]
+__all__ = ["CocoEvaluator", "PascalVOCEvaluator", "build_evaluator", "inference_folder"]

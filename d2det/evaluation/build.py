@@ -6,10 +6,11 @@ import os
 from typing import TYPE_CHECKING
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, SemSegEvaluator
 
 from .coco import CocoEvaluator
 from .coco_metrics import read_protocol
+from .pascal_voc import PascalVOCEvaluator
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -23,11 +24,13 @@ def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
-    """The evaluator for a data set's "evaluator_type": "coco" (also if unset), "lvis" or
-    "pascal_voc".
+    """The evaluator for a data set's "evaluator_type": "coco" (also if unset), "lvis",
+    "pascal_voc", "sem_seg" or "cityscapes_sem_seg".
 
     Boxes are evaluated always, masks and keypoints if the model predicts them; masks only if the
-    ground truth has them. Area ranges and numbers of detections of "coco": TEST.COCO.
+    ground truth has them. Area ranges and numbers of detections of "coco": TEST.COCO. The last two
+    are semantic segmentation, both by detectron2's `SemSegEvaluator`, which needs none of
+    Cityscapes' own scripts.
 
     Args:
         cfg: decides what is evaluated.
@@ -53,7 +56,11 @@ def build_evaluator(
     if kind == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_folder)
     if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
+        metric = cfg.TEST.get("VOC_METRIC", "year")
+        return PascalVOCEvaluator(dataset_name, output_dir=output_folder, metric=metric)
+    if kind in ("sem_seg", "cityscapes_sem_seg"):
+        return SemSegEvaluator(dataset_name, output_dir=output_folder)
     raise ValueError(
-        f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis and pascal_voc"
+        f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis, pascal_voc, "
+        "sem_seg and cityscapes_sem_seg"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 
-_METRICS = ("AP", "AP50", "AP75", "AP90")
+_METRICS = ("AP", "AP50", "AP70", "AP75", "AP90", "mIoU")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def write_curves(output_dir: str | Path) -> Path | None:
     entries = read_metrics(source)
     losses = _series(entries, lambda key: key == "total_loss" or "loss_" in key)
     metrics = _series(entries, lambda key: key.rpartition("/")[2] in _METRICS)
-    panels = [panel for panel in ((losses, "loss"), (metrics, "AP in percent")) if panel[0]]
+    panels = [panel for panel in ((losses, "loss"), (metrics, _label(metrics))) if panel[0]]
     if not panels:
         return None
     # The object interface: pyplot would pick a backend and may look for a display.
@@ -72,6 +72,11 @@ def write_curves(output_dir: str | Path) -> Path | None:
         target = Path(output_dir) / "curves.png"
         figure.savefig(target, dpi=110)
     return target
+
+
+def _label(metrics: dict[str, Any]) -> str:
+    names = {key.rpartition("/")[2] for key in metrics}
+    return "mIoU in percent" if names == {"mIoU"} else "AP in percent"
 
 
 def _series(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -80,6 +80,38 @@ def draw_objects(
     for i in order:
         if labels[i]:
             _write_label(pen, font, labels[i], boxes[i], class_color(int(classes[i])), thickness)
+    return cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR)
+
+
+def draw_label_map(image: np.ndarray, labels: np.ndarray, names: Mapping[int, str]) -> np.ndarray:
+    """Paint classes of pixels over a copy of an image, with each one's name on its largest part.
+
+    Args:
+        image: (H, W, 3) uint8, BGR.
+        labels: (H, W) class of each pixel.
+        names: of the classes that are painted; other pixels are left as they are.
+
+    Returns:
+        (H, W, 3) uint8, BGR.
+    """
+    canvas = np.ascontiguousarray(image).copy()
+    longest = max(canvas.shape[:2])
+    thickness = max(1, round(longest / 320))
+    present = [int(index) for index in np.unique(labels) if int(index) in names]
+    for index in present:
+        _blend(canvas, labels == index, class_color(index), thickness)
+    if not present:
+        return canvas
+    picture = Image.fromarray(cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB))
+    pen = ImageDraw.Draw(picture)
+    font = _font(_font_size(longest, len(present)))
+    for index in present:
+        _, _, parts, centers = cv2.connectedComponentsWithStats((labels == index).astype(np.uint8))
+        largest = 1 + int(parts[1:, cv2.CC_STAT_AREA].argmax())
+        width, height = pen.textlength(names[index], font=font), sum(font.getmetrics())
+        x, y = centers[largest]
+        place = np.array([x - width / 2, y + height / 2, x, y])
+        _write_label(pen, font, names[index], place, class_color(index), thickness)
     return cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of detections beside the ground truth, drawn from the files an evaluation leaves."""
+"""Pictures of predictions beside the ground truth, drawn from the files an evaluation leaves."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from detectron2.structures import BoxMode
 from .build import inference_folder
 from .classes import fill_up, load_class_names
 from .drawing import beside, caption, contact_sheet, draw_objects, enlarge, write_image
+from .segmentation_pictures import FILE_NAME as SEGMENTATION_FILE
+from .segmentation_pictures import segmentation_pictures
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -29,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 def write_pictures(cfg: CfgNode, dataset_name: str) -> Path | None:
-    """Draw detections beside the ground truth into `OUTPUT_DIR/pictures/<dataset_name>/`.
+    """Draw predictions beside the ground truth into `OUTPUT_DIR/pictures/<dataset_name>/`.
 
     Takes TEST.NUM_PICTURES images, evenly spread over the data set, and detections of at least
     TEST.PICTURE_SCORE_THRESH; `index.jpg` shows all on one sheet. Pictures of an earlier
@@ -38,13 +40,36 @@ def write_pictures(cfg: CfgNode, dataset_name: str) -> Path | None:
     Returns:
         The folder, or None where no pictures are wanted or the evaluator left no predictions.
     """
-    predictions_file = Path(inference_folder(cfg, dataset_name)) / "instances_predictions.pth"
+    predictions = Path(inference_folder(cfg, dataset_name))
+    segmentation = (predictions / SEGMENTATION_FILE).is_file()
     if cfg.TEST.NUM_PICTURES <= 0:
         return None
-    if not predictions_file.is_file():
+    if not segmentation and not (predictions / "instances_predictions.pth").is_file():
         _logger.info(f"No pictures of {dataset_name}: its evaluator keeps no predictions.")
         return None
-    found = torch.load(predictions_file, weights_only=False)  # written by this run
+    positions = _spread(len(DatasetCatalog.get(dataset_name)), cfg.TEST.NUM_PICTURES)
+    make = segmentation_pictures if segmentation else _detections
+    pictures = make(cfg, dataset_name, positions, _MIN_SIDE)
+
+    folder = Path(cfg.OUTPUT_DIR) / "pictures" / dataset_name
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.jpg"):
+        if re.match(r"\d{3,}_|index\.jpg$", old.name):
+            old.unlink()
+    for number, (file_name, picture) in enumerate(pictures):
+        stem = re.sub(r"[^\w.-]", "_", Path(file_name).stem)
+        write_image(folder / f"{number:03d}_{stem}.jpg", picture)
+    if pictures:
+        write_image(folder / "index.jpg", contact_sheet([picture for _, picture in pictures]))
+    return folder
+
+
+def _detections(
+    cfg: CfgNode, dataset_name: str, positions: Sequence[int], min_side: int
+) -> list[tuple[str, np.ndarray]]:
+    """File name and picture of some images, from `instances_predictions.pth`."""
+    file = Path(inference_folder(cfg, dataset_name)) / "instances_predictions.pth"
+    found = torch.load(file, weights_only=False)  # written by this run
     detections = {prediction["image_id"]: prediction["instances"] for prediction in found}
     records = DatasetCatalog.get(dataset_name)
     annotated = any(record.get("annotations") for record in records)
@@ -53,27 +78,16 @@ def write_pictures(cfg: CfgNode, dataset_name: str) -> Path | None:
         or load_class_names(cfg.OUTPUT_DIR),
         cfg.MODEL.ROI_HEADS.NUM_CLASSES,
     )
-
-    folder = Path(cfg.OUTPUT_DIR) / "pictures" / dataset_name
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.jpg"):
-        if re.match(r"\d{3,}_|index\.jpg$", old.name):
-            old.unlink()
     pictures = []
-    for number, position in enumerate(_spread(len(records), cfg.TEST.NUM_PICTURES)):
-        record = records[position]
+    for record in (records[position] for position in positions):
         objects = detections.get(record["image_id"], [])
         truth = record.get("annotations", []) if annotated else None
         if truth and not cfg.MODEL.MASK_ON:  # masks on one side only would hide the image there
             truth = [{**item, "segmentation": None} for item in truth]
         threshold = cfg.TEST.PICTURE_SCORE_THRESH
-        picture = _picture(record["file_name"], truth, objects, names, threshold)
-        stem = re.sub(r"[^\w.-]", "_", Path(record["file_name"]).stem)
-        write_image(folder / f"{number:03d}_{stem}.jpg", picture)
-        pictures.append(picture)
-    if pictures:
-        write_image(folder / "index.jpg", contact_sheet(pictures))
-    return folder
+        picture = _picture(record["file_name"], truth, objects, names, threshold, min_side)
+        pictures.append((record["file_name"], picture))
+    return pictures
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -86,8 +100,9 @@ def _picture(
     objects: Sequence[Mapping[str, Any]],
     names: Sequence[str],
     score_threshold: float,
+    min_side: int,
 ) -> np.ndarray:
-    image, scale = enlarge(read_image(file_name, format="BGR"), _MIN_SIDE)
+    image, scale = enlarge(read_image(file_name, format="BGR"), min_side)
     shown = [item for item in objects if item["score"] >= score_threshold]
     labels = [f"{names[item['category_id']]} {item['score']:.2f}" for item in shown]
     detected = _draw(image, scale, shown, labels)

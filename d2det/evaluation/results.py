@@ -19,8 +19,10 @@ Results = dict[str, dict[str, dict[str, float]]]
 CLASS_SCORE_TASK = "segm_class_score"  # masks ranked by class score, beside "segm" by mask score
 MASK_GAIN_TASK = "mask_scoring_gain"  # what the mask score adds
 
-_FIRST_METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
-_CLASS_PREFIX = "AP-"
+_FIRST_METRICS = ("AP", "AP50", "AP70", "AP75", "AP90", "APs", "APm", "APl", "mIoU")
+# Those of single classes; the first ones are shown, the others only written.
+_CLASS_PREFIXES = ("AP-", "IoU-", "ACC-", "BoundaryIoU-", "min(IoU, B-Iou)-")
+_SHOWN_PREFIXES = _CLASS_PREFIXES[:2]
 
 
 def by_dataset(cfg: CfgNode, results: Mapping[str, Any] | None) -> Results:
@@ -47,7 +49,7 @@ def summary_table(results: Results) -> str:
         for tasks in results.values()
         for metrics in tasks.values()
         for metric in metrics
-        if not metric.startswith(_CLASS_PREFIX)
+        if not metric.startswith(_CLASS_PREFIXES)
     }
     columns = [metric for metric in _FIRST_METRICS if metric in found]
     columns += [metric for metric in found if metric not in columns]
@@ -61,25 +63,25 @@ def summary_table(results: Results) -> str:
 
 
 def class_table(results: Results) -> str:
-    """AP of each class, one column for each task; "" where no task has more than one class."""
+    """AP or IoU of each class, one column for each task; "" where no task has several classes."""
     parts = []
     for name, tasks in results.items():
-        per_task = {
-            task: {
-                metric.removeprefix(_CLASS_PREFIX): value
+        columns = {
+            f"{prefix[:-1]} ({task})": {
+                metric.removeprefix(prefix): value
                 for metric, value in metrics.items()
-                if metric.startswith(_CLASS_PREFIX)
+                if metric.startswith(prefix)
             }
             for task, metrics in tasks.items()
+            for prefix in _SHOWN_PREFIXES
         }
-        per_task = {task: values for task, values in per_task.items() if values}
-        classes = list(dict.fromkeys(c for values in per_task.values() for c in values))
+        columns = {column: values for column, values in columns.items() if values}
+        classes = list(dict.fromkeys(c for values in columns.values() for c in values))
         rows = [
-            [_escape(c), *(_number(values.get(c)) for values in per_task.values())] for c in classes
+            [_escape(c), *(_number(values.get(c)) for values in columns.values())] for c in classes
         ]
         if rows:
-            headers = [f"{name}: class", *(f"AP ({task})" for task in per_task)]
-            parts.append(_table(rows, headers))
+            parts.append(_table(rows, [f"{name}: class", *columns]))
     return "\n\n".join(parts)
 
 

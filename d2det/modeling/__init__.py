@@ -6,6 +6,7 @@ from d2det.modeling.backbone import (
     build_d2det_resnet_fpn_backbone,
 )
 from d2det.modeling.box_branches import ClassPredictor
+from d2det.modeling.deeplab import DeepLabV3AnySizeHead
 from d2det.modeling.dense_head import (
     ROI_DENSE_REGRESSION_HEAD_REGISTRY,
     DenseLocalRegressionHead,
@@ -29,6 +30,7 @@ __all__ = [
     "ClassPredictor",
     "D2DetMaskHead",
     "D2DetROIHeads",
+    "DeepLabV3AnySizeHead",
     "DeformRoIPooler",
     "DeformableROIHeads",
     "DenseLocalRegressionHead",

@@ -17,9 +17,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(
     str(p.relative_to(CONFIGS))
     for p in CONFIGS.rglob("*.yaml")
-    # test_dcnv2.py has those of DCNv2, test_masks.py those with masks.
+    # test_dcnv2.py has those of DCNv2, test_masks.py those with masks, test_voc_and_segmentation.py
+    # those of Segmentation.
     if not p.name.startswith("Base-")
-    and p.parent.name not in ("DCNv2", "COCO-InstanceSegmentation")
+    and p.parent.name not in ("DCNv2", "COCO-InstanceSegmentation", "Segmentation")
     and "mask" not in p.name
 )
 RPN = {"loss_rpn_cls", "loss_rpn_loc"}
