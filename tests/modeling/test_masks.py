@@ -403,6 +403,21 @@ def test_coco_evaluator_takes_the_predictions(small_cfg, batch, tmp_path):
     assert [row["score"] for row in rows] == found.scores.tolist()
 
 
+def test_masks_are_counted_with_the_second_pass_of_the_tower(small_cfg):
+    from d2det.tools.count import count
+
+    name = "COCO-InstanceSegmentation/d2det_R_50_FPN_2x.yaml"
+    cfg = small_cfg(name, "TEST.DETECTIONS_PER_IMAGE", 4)
+    with_masks = count(cfg, 64, 64)
+    without = count(small_cfg(name, "MODEL.MASK_ON", False), 64, 64)
+    # Of a RoI, in multiply-adds: two 3x3 convolutions of the tower, two deconvolutions, three masks
+    # of 8 channels, three FC layers.
+    tower = 49 * 9 * (16 * 12 + 12 * 12)
+    masks = 49 * 4 * 12 * 8 + 196 * 4 * 8 * 8 + 784 * 9 * 8 * 3
+    scores = 13 * 49 * 16 + 16 * 16 + 16 * 3
+    assert with_masks.products - without.products == 4 * (tower + masks + scores)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bitmask", "polygon"])
 def test_overfits_one_image(kind, small_cfg, batch):
