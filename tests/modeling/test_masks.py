@@ -227,6 +227,24 @@ def test_an_empty_mask_trains_by_its_box(small_cfg, batch):
     assert losses["loss_dense_reg"] > 0
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_masks_label_the_cells_of_dense_regression(labels, small_cfg, batch, monkeypatch):
+    model = build_model(small_cfg(QUICK, "MODEL.ROI_MASK_HEAD.DENSE.OVERLAP_LABELS", labels))
+    given, losses = [], model.roi_heads.dense_head.losses
+    monkeypatch.setattr(
+        model.roi_heads.dense_head, "losses", lambda *a: given.append(a) or losses(*a)
+    )
+    train_step(model, add_masks(batch(*TWO), "bitmask", lacking=(1,)))
+    ((_, boxes, _, overlap),) = given
+    assert (overlap is not None) == labels
+    if labels:
+        cells, valid = overlap
+        assert cells.shape == (len(boxes), 1, 7, 7) and valid.shape == (len(boxes),)
+        assert 0 < valid.sum() < len(boxes)  # the second image has no masks
+        share = cells[valid].mean()  # of triangles that fill half of their boxes
+        assert 0.2 < share < 0.7 and cells[~valid].sum() == 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
