@@ -2,8 +2,9 @@
 """What does an image cost with D2Det's masks, beside detectron2's Mask R-CNN of the same backbone?
 
 Whole detectors (ResNet-50, FPN, COCO's 80 classes, each with its own settings for inference; quick:
-the small ones of configs/shapes) from pixels to pasted masks. Weights are random, and so are the
-classifiers' outputs, spread so that each finds as many objects as it may return.
+the small ones of configs/shapes) from pixels to pasted masks. Weights are random. So that all have
+as many proposals, and find as many objects, as a trained detector may, what comes out of the
+backbone and of the classifier is replaced by noise of a trained one's size.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def detector(name: str, cfg: Any, args: argparse.Namespace) -> Contestant:
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", args.device
     torch.manual_seed(0)
     model = build_model(cfg).eval()
+    model.backbone.register_forward_hook(
+        lambda _, inputs, maps: {level: features.normal_() for level, features in maps.items()}
+    )
     model.roi_heads.box_predictor.cls_score.register_forward_hook(
         lambda _, inputs, logits: logits.normal_(std=SPREAD)
     )
