@@ -131,6 +131,7 @@ EXPECTED = {
         ["d2det", "reference, level", "reference, one", "torchvision", "detectron2", "mmcv"],
     ),
     "bench_adaptive_weighting": (8, ["d2det", "eager PyTorch", "torch.compile"]),
+    "bench_masks": (1, ["d2det", "d2det, boxes only", "detectron2's Mask R-CNN"]),
     "bench_soft_nms": (2, ["d2det", "PyTorch loop", "reference"]),
 }
 
