@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from d2det.modeling.tta import build_tta, merges_candidates
 
-from .build import build_evaluator
+from .build import build_evaluator, inference_folder
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -42,7 +41,7 @@ def evaluate_with_tta(
     """
     _logger.info("Evaluating with test-time augmentation ...")
     evaluators = [
-        build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference_TTA", name))
+        build_evaluator(cfg, name, inference_folder(cfg, name, augmented=True))
         for name in cfg.DATASETS.TEST
     ]
     measured = MeasuredTTA(cfg, model)
