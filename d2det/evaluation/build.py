@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 
 from .coco import CocoEvaluator
+from .lvis import LvisEvaluator, check_lvis
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -34,7 +35,7 @@ def build_evaluator(
         output_folder: for the predictions; default `OUTPUT_DIR/inference/<dataset_name>`.
 
     Raises:
-        ValueError: an evaluator type this project does not serve.
+        ValueError: an evaluator type this project does not serve, or one whose package is missing.
     """
     output_folder = output_folder or inference_folder(cfg, dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
@@ -49,7 +50,8 @@ def build_evaluator(
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
     if kind == "lvis":
-        return LVISEvaluator(dataset_name, output_dir=output_folder)
+        check_lvis()
+        return LvisEvaluator(dataset_name, output_dir=output_folder)
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     raise ValueError(
