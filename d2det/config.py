@@ -34,10 +34,11 @@ def add_d2det_config(cfg: CfgNode) -> CfgNode:
     _add_discriminative_roi_pooling(cfg, CN)
     _add_deformable_roi_pooling(cfg, CN)
     _add_dense_regression(cfg, CN)
+    _add_masks(cfg, CN)
     _add_backbone(cfg)
     _add_mimicking(cfg, CN)
     _add_solver(cfg)
-    _add_test(cfg)
+    _add_test(cfg, CN)
     return cfg
 
 
@@ -124,6 +125,32 @@ def _add_dense_regression(cfg: CfgNode, CN: type) -> None:
     dense.MAX_POSITIVE_PER_IMAGE = 96
 
 
+def _add_masks(cfg: CfgNode, CN: type) -> None:
+    # Sec. 3.3; read where MASK_ON is set and ROI_MASK_HEAD.NAME is "D2DetMaskHead", with
+    # detectron2's CONV_DIM (256 as released) and CLS_AGNOSTIC_MASK. No POOLER_* key is: the mask
+    # branch reads the tower of dense regression.
+    cfg.MODEL.ROI_MASK_HEAD.DENSE = dense = CN()
+    dense.NORM = "GN"  # after the first deconvolution; "" for none; "GN" uses NORM_GROUPS
+    dense.NORM_GROUPS = 16
+    dense.LOSS_WEIGHT = 1.0  # of the binary cross-entropy, averaged over pixels
+    # Cells of dense regression are foreground by the object's mask (28 x 28 shrunk to 7 x 7), for
+    # objects that have one; False: by its box, Eq. 3.
+    dense.OVERLAP_LABELS = True
+    dense.OVERLAP_LABEL_THRESH = 0.5  # a shrunk mask exceeds it in foreground cells
+    dense.MASK_THRESH = 0.5  # probability above which a pixel counts in the target of mask scoring
+    # Mask IoU scoring (Mask Scoring R-CNN, CVPR 2019).
+    cfg.MODEL.ROI_MASK_HEAD.SCORING = scoring = CN()
+    scoring.ENABLED = True
+    scoring.FC_DIM = 1024
+    scoring.NUM_FC = 2
+    scoring.LOSS_WEIGHT = 0.5  # of the squared error, averaged over the sampled RoIs with masks
+    scoring.MIN_IOU = 0.1  # masks whose IoU does not exceed it do not train the prediction
+    # How masks are ranked; boxes keep the class score. "sum": class score + IOU_WEIGHT * IoU, as
+    # released; "product": class score * IoU (Mask Scoring R-CNN).
+    scoring.RANKING = "sum"
+    scoring.IOU_WEIGHT = 0.3
+
+
 def _add_backbone(cfg: CfgNode) -> None:
     # Read by "build_d2det_resnet_backbone" and its FPN form. True: BatchNorm keeps its fixed
     # statistics but trains scale and shift in the stages that are not frozen (recipe of the
@@ -166,7 +193,15 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.BEST_CHECKPOINT = ""
 
 
-def _add_test(cfg: CfgNode) -> None:
+def _add_test(cfg: CfgNode, CN: type) -> None:
+    # COCO evaluation (evaluator_type "coco"). Area ranges: [label, smallest, largest area in
+    # pixels], each a metric "AP<label>"; COCO's are below. iSAID's, with MAX_DETS 1000:
+    # [["s", 100, 20736], ["m", 20736, 262144], ["l", 262144, 1e10]] (10^2, 144^2, 512^2).
+    cfg.TEST.COCO = coco = CN()
+    coco.AREA_RANGES = [["s", 0, 1024], ["m", 1024, 9216], ["l", 9216, 1e10]]
+    # Best detections of an image that count, class by class as in pycocotools. The model returns at
+    # most TEST.DETECTIONS_PER_IMAGE.
+    coco.MAX_DETS = 100
     # Pictures of detections beside ground truth that are written after an evaluation; 0: none.
     cfg.TEST.NUM_PICTURES = 16
     cfg.TEST.PICTURE_SCORE_THRESH = 0.3  # detections below this score are not drawn

@@ -11,6 +11,8 @@ from d2det.core.grid import average_boxes, cell_centers, decode_offsets, encode_
 from d2det.core.jitter import jitter_boxes
 from d2det.core.levels import assign_levels
 from d2det.core.losses import dense_iou_loss, overlap_loss
+from d2det.core.mask_branch import MaskBranch
+from d2det.core.mask_targets import MaskTargets, crop_masks
 from d2det.core.mimicking import crop_patches, mimic_loss, select_rois
 from d2det.core.overlap import overlap_targets
 from d2det.core.roi_align import MultiLevelRoIAlign
@@ -20,6 +22,7 @@ from d2det.core.selection import (
     SoftNMS,
     clip_boxes,
     nms_candidates,
+    pool_candidates,
     suppress,
     threshold_candidates,
 )
@@ -30,12 +33,15 @@ __all__ = [
     "DensePrediction",
     "DenseRegression",
     "DiscriminativePooling",
+    "MaskBranch",
+    "MaskTargets",
     "MultiLevelRoIAlign",
     "SoftNMS",
     "assign_levels",
     "average_boxes",
     "cell_centers",
     "clip_boxes",
+    "crop_masks",
     "crop_patches",
     "decode_offsets",
     "dense_iou_loss",
@@ -45,6 +51,7 @@ __all__ = [
     "nms_candidates",
     "overlap_loss",
     "overlap_targets",
+    "pool_candidates",
     "sample_positives",
     "select_rois",
     "suppress",

@@ -118,7 +118,11 @@ class DenseRegression(nn.Module):
         return DensePrediction(offsets, self.overlap_predictor(trunk).to(dtype))
 
     def losses(
-        self, prediction: DensePrediction, proposals: Tensor, gt_boxes: Tensor
+        self,
+        prediction: DensePrediction,
+        proposals: Tensor,
+        gt_boxes: Tensor,
+        overlap: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses over R sampled RoIs, and scalars worth watching.
 
@@ -126,6 +130,8 @@ class DenseRegression(nn.Module):
             prediction: for the proposals.
             proposals: (R, 4), positive RoIs in pixels.
             gt_boxes: (R, 4), their ground truth.
+            overlap: labels of the cells from masks (Sec. 3.3), (R, 1, k, k), and (R,) bool, the
+                RoIs for which they replace those of Eq. 3; None for none.
 
         Returns:
             The losses "loss_dense_reg" and (with overlap prediction) "loss_overlap", weighted;
@@ -135,6 +141,9 @@ class DenseRegression(nn.Module):
         offsets, logits = prediction
         targets = encode_offsets(proposals, gt_boxes, offsets.shape[-1])
         foreground = overlap_targets(targets, self.overlap_margin)
+        if overlap is not None:
+            labels, valid = overlap
+            foreground = torch.where(valid[:, None, None, None], labels, foreground)
         cell_boxes = decode_offsets(proposals, offsets)
         weights = foreground if logits is not None else torch.ones_like(foreground)
         regression = dense_iou_loss(cell_boxes, gt_boxes, weights)

@@ -6,6 +6,7 @@ compete within their group only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,6 +134,24 @@ def suppress(
     else:
         candidates = candidates.take(candidates.scores.argsort(descending=True, stable=True))
     return _best_per_image(candidates, limit, num_images)
+
+
+def pool_candidates(parts: Sequence[Candidates]) -> Candidates:
+    """The candidates of several views of the same images as one, in falling score order.
+
+    They compete afterwards, in `suppress`, as if one view had found them all: an object is kept
+    with the box of the view that is surest of it.
+
+    Args:
+        parts: one or more, in the same coordinates, `images` meaning the same in all.
+
+    Returns:
+        `rois` are positions among the candidates of all parts, one part after the other. Of equal
+        scores the earlier part's goes first.
+    """
+    joined = Candidates(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    joined = joined._replace(rois=torch.arange(len(joined.scores), device=joined.scores.device))
+    return joined.take(joined.scores.argsort(descending=True, stable=True))
 
 
 def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:

@@ -10,8 +10,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2det.evaluation.lvis import check_lvis
 
+from .mapper import masks_may_lack
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+
+
+# Share of objects without a mask up to which mask heads train that have to leave them out.
+MAX_WITHOUT_MASK = 0.05
 
 
 def check_datasets(cfg: CfgNode) -> None:
@@ -138,6 +144,13 @@ def _check_trainable(cfg: CfgNode, name: str) -> None:
         raise ValueError(
             f"MODEL.MASK_ON is True, but data set {name!r} ({where}) has no masks: set "
             "MODEL.MASK_ON False, or choose a config without masks"
+        )
+    share = metadata.get("without_mask", 0.0)
+    if share > MAX_WITHOUT_MASK and not masks_may_lack(cfg):
+        raise ValueError(
+            f"data set {name!r} ({where}) has no valid mask for {share:.0%} of its objects, which "
+            f"{cfg.MODEL.ROI_MASK_HEAD.NAME} would learn as background: choose a config with "
+            "D2DetMaskHead, or set MODEL.MASK_ON False"
         )
     if metadata.get("mask_format") == "bitmask" and cfg.INPUT.MASK_FORMAT == "polygon":
         raise ValueError(

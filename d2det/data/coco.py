@@ -30,9 +30,9 @@ def register_coco(
     Boxes are clipped to their image; those without area or outside are dropped, and what was
     changed is counted in one warning. An evaluation reads the JSON as it is.
 
-    Metadata set beside detectron2's own: `has_annotations`; `has_masks` (of all objects, but for
-    those few that are dropped for want of one); `mask_format`, "bitmask" where there is any RLE,
-    else "polygon", as INPUT.MASK_FORMAT has it.
+    Metadata set beside detectron2's own: `has_annotations`; `has_masks` (of any object);
+    `without_mask`, the share of objects that have none where others do; `mask_format`, "bitmask"
+    where there is any RLE, else "polygon", as INPUT.MASK_FORMAT has it.
 
     Args:
         name: under which detectron2 will know it. Registering the same content again is allowed,
@@ -89,6 +89,7 @@ def register_coco(
         fingerprint=fingerprint,
         has_annotations=facts.boxes > 0,
         has_masks=facts.has_masks,
+        without_mask=facts.without_mask / max(facts.boxes, 1),
         mask_format=facts.mask_format,
     )
     if classes:

@@ -13,8 +13,6 @@ from detectron2.structures import BoxMode
 
 MIN_SIDE = 0.1  # pixels; a box that is thinner, whole or after clipping, counts as empty
 CLIP_TOLERANCE = 1.0  # pixels outside the image that are put down to rounding and not reported
-# Objects without a mask, as a share: up to here they are dropped, beyond it the masks are.
-MAX_WITHOUT_MASK = 0.05
 
 
 @dataclass
@@ -31,31 +29,26 @@ class Groups:
 class Facts:
     """What cleaning found."""
 
-    boxes: int = 0  # kept and not crowd
+    boxes: int = 0  # kept and not crowd; as are those without a mask
     empty: int = 0
     outside: int = 0
     ignored: int = 0
     orphans: int = 0
     clipped: int = 0
     left_out: int = 0  # images
-    without_mask: int = 0
+    without_mask: int = 0  # where others have one
     has_masks: bool = False
     mask_format: str = "polygon"
 
     @property
     def warning(self) -> str:
         """One sentence of what was changed; empty if nothing was."""
-        masks = (
-            "dropped for want of a valid mask"
-            if self.has_masks
-            else ("without a valid mask, so that no masks are used")
-        )
         parts = [
             (self.empty, "boxes without area dropped"),
             (self.outside, "boxes outside their image dropped"),
             (self.ignored, "boxes marked 'ignore' dropped"),
             (self.orphans, "annotations of images that are not listed dropped"),
-            (self.without_mask, f"objects {masks}"),
+            (self.without_mask, "objects without a valid mask"),
             (self.clipped, "boxes clipped to their image"),
             (self.left_out, "images left out, whose boxes are all crowd or dropped"),
         ]
@@ -100,7 +93,7 @@ def clean_annotations(
             if (cleaned := _clean(annotation, image, id_map, json_file, facts)) is not None
         ]
         groups.kept[image["id"]] = kept
-    _settle_masks(groups, facts)
+    _count_masks(groups, facts)
     for image in groups.images:
         usable = sum(not annotation["iscrowd"] for annotation in groups.kept[image["id"]])
         facts.boxes += usable
@@ -179,24 +172,14 @@ def _mask(segmentation: Any, image: dict[str, Any]) -> list | dict | None:
     return polygons or None
 
 
-def _settle_masks(groups: Groups, facts: Facts) -> None:
-    """Let all objects have masks, or none: detectron2's mapper knows nothing in between."""
+def _count_masks(groups: Groups, facts: Facts) -> None:
     objects = [a for kept in groups.kept.values() for a in kept if not a["iscrowd"]]
-    lacking = sum("segmentation" not in annotation for annotation in objects)
-    facts.has_masks = bool(objects) and lacking <= MAX_WITHOUT_MASK * len(objects)
-    if facts.has_masks and any(
-        isinstance(a["segmentation"], dict) for a in objects if "segmentation" in a
-    ):
+    masks = [a["segmentation"] for a in objects if "segmentation" in a]
+    facts.has_masks = bool(masks)
+    if any(isinstance(mask, dict) for mask in masks):
         facts.mask_format = "bitmask"
-    if lacking == 0 or lacking == len(objects):
-        return
-    facts.without_mask = lacking
-    for image_id, kept in groups.kept.items():
-        if facts.has_masks:
-            groups.kept[image_id] = [a for a in kept if a["iscrowd"] or "segmentation" in a]
-        else:
-            for annotation in kept:
-                annotation.pop("segmentation", None)
+    if masks:
+        facts.without_mask = len(objects) - len(masks)
 
 
 def _range(id_map: dict[int, int]) -> str:

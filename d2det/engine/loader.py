@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from d2det.data.mapper import TrainMapper
 from d2det.engine.resume import seeded_rng
 from d2det.engine.sampler import TrainingStream, derive_seed
 
@@ -111,7 +112,7 @@ def build_train_loader(
 
     Read from the config: DATASETS.TRAIN, DATALOADER.{SAMPLER_TRAIN, REPEAT_THRESHOLD, REPEAT_SQRT,
     FILTER_EMPTY_ANNOTATIONS, ASPECT_RATIO_GROUPING, NUM_WORKERS}, SOLVER.IMS_PER_BATCH, SEED (a
-    negative one: a random seed, logged), and INPUT by detectron2's `DatasetMapper`.
+    negative one: a random seed, logged), and INPUT by `TrainMapper`.
 
     Raises:
         ValueError: the batch size does not fit the number of processes, the sampler is unknown, or
@@ -140,7 +141,7 @@ def build_train_loader(
     )
     # One buffer that forked workers share, instead of a copy of all records in each.
     dataset = DatasetFromList(records, copy=False) if isinstance(records, list) else records
-    mapper = DatasetMapper(cfg, is_train=True) if mapper is None else mapper
+    mapper = TrainMapper(cfg, is_train=True) if mapper is None else mapper
     return TrainLoader(SeededDataset(dataset, mapper), stream, cfg.DATALOADER.NUM_WORKERS)
 
 

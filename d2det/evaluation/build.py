@@ -9,6 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 
 from .coco import CocoEvaluator
+from .coco_metrics import read_protocol
 from .lvis import LvisEvaluator, check_lvis
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def build_evaluator(
     "pascal_voc".
 
     Boxes are evaluated always, masks and keypoints if the model predicts them; masks only if the
-    ground truth has them.
+    ground truth has them. Area ranges and numbers of detections of "coco": TEST.COCO.
 
     Args:
         cfg: decides what is evaluated.
@@ -35,7 +36,8 @@ def build_evaluator(
         output_folder: for the predictions; default `OUTPUT_DIR/inference/<dataset_name>`.
 
     Raises:
-        ValueError: an evaluator type this project does not serve, or one whose package is missing.
+        ValueError: an evaluator type this project does not serve, one whose package is missing,
+            or unfit keys of TEST.COCO.
     """
     output_folder = output_folder or inference_folder(cfg, dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
@@ -47,6 +49,7 @@ def build_evaluator(
             dataset_name,
             tasks,
             output_dir=output_folder,
+            protocol=read_protocol(cfg.TEST.COCO.AREA_RANGES, cfg.TEST.COCO.MAX_DETS),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
     if kind == "lvis":

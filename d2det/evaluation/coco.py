@@ -1,28 +1,48 @@
-"""COCO evaluation that also reports AP90 and copes with data that detectron2's stumbles over."""
+"""COCO evaluation that ranks boxes and masks apart, and copes with what detectron2's does not."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
-import os
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from .coco_keypoints import evaluate_keypoints
+from .coco_metrics import (
+    CocoProtocol,
+    IoUs,
+    Result,
+    ap_by_iou,
+    difference,
+    evaluate_results,
+    metrics,
+)
+from .masks import encode_masks
+from .results import CLASS_SCORE_TASK, MASK_GAIN_TASK, class_table, summary_table
+
+BOX_FILE = "coco_instances_results.json"
+MASK_FILE = "coco_segm_results.json"
 
 
 class CocoEvaluator(COCOEvaluator):
     """detectron2's `COCOEvaluator`, and:
 
+    - masks are ranked by `mask_scores` where predictions have them, boxes by `scores`: tasks "bbox"
+      and "segm"; beside them "segm_class_score", the masks ranked by class score, and
+      "mask_scoring_gain", what the mask score adds to each metric;
+    - one file in COCO's result format for boxes and one for masks, each with its own score; line n
+      of both is the same object;
     - "AP90" beside the stock metrics, and AP at every IoU threshold in `ap_by_iou.json`;
+    - any area ranges and number of detections;
     - no detections at all count as AP 0, not as NaN, wherever there is ground truth;
     - an empty list of annotations is as good as none: predictions are written, nothing is
       evaluated;
@@ -32,7 +52,9 @@ class CocoEvaluator(COCOEvaluator):
     Args:
         dataset_name: a registered data set.
         tasks: of "bbox", "segm", "keypoints".
-        output_dir: where `coco_instances_results.json`, in COCO's result format, is written.
+        output_dir: where `coco_instances_results.json` (boxes and keypoints) and
+            `coco_segm_results.json` are written.
+        protocol: area ranges and detections of each image and class that count; default COCO's.
         kpt_oks_sigmas: as in detectron2.
         use_fast_impl: detectron2's C++ implementation, where it is built; same numbers.
     """
@@ -43,6 +65,7 @@ class CocoEvaluator(COCOEvaluator):
         tasks: Sequence[str] = ("bbox",),
         *,
         output_dir: str | None = None,
+        protocol: CocoProtocol = CocoProtocol(),  # noqa: B008  immutable
         kpt_oks_sigmas: Sequence[float] = (),
         use_fast_impl: bool = True,
     ) -> None:
@@ -54,6 +77,7 @@ class CocoEvaluator(COCOEvaluator):
             kpt_oks_sigmas=kpt_oks_sigmas,
             use_fast_impl=use_fast_impl,
         )
+        self._protocol = protocol
         self._kpt_oks_sigmas = kpt_oks_sigmas  # unset by the base class without annotations
         annotations = self._coco_api.dataset.get("annotations") or []
         self._do_evaluation = bool(annotations)
@@ -63,10 +87,16 @@ class CocoEvaluator(COCOEvaluator):
             self._drop_masks("not all ground truth has masks")
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        for output in outputs:
+        for given, output in zip(inputs, outputs, strict=True):
+            prediction = {"image_id": given["image_id"]}
             if "instances" in output:
                 output["instances"] = in_float32(output["instances"])
-        super().process(inputs, outputs)
+                prediction["instances"] = to_coco_json(output["instances"], given["image_id"])
+                prediction["mask_scores"] = output["instances"].has("mask_scores")
+            if "proposals" in output:
+                prediction["proposals"] = output["proposals"].to(self._cpu_device)
+            if len(prediction) > 1:
+                self._predictions.append(prediction)
 
     def _drop_masks(self, reason: str) -> None:
         self._tasks = tuple(task for task in self._tasks if task != "segm")
@@ -78,32 +108,108 @@ class CocoEvaluator(COCOEvaluator):
         # pycocotools would quietly take a missing mask for the rectangle of its box.
         if "segm" in self._tasks and not all("segmentation" in x for x in found):
             self._drop_masks("not all predictions have masks")
-        self._ap_by_iou: dict[str, dict[str, float]] = {}
-        super()._eval_predictions(predictions, img_ids)
-        if self._output_dir and self._ap_by_iou:
-            with open(os.path.join(self._output_dir, "ap_by_iou.json"), "w") as file:
-                json.dump(self._ap_by_iou, file, indent=1)
-
-    def _derive_coco_results(
-        self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
-    ) -> dict[str, float]:
-        if coco_eval is None:
+        found = self._with_dataset_ids(found)
+        boxes = [_without(x, "segmentation", "mask_score") for x in found]
+        masks = [_mask_result(x) for x in found if "segmentation" in x]
+        if self._output_dir:
+            _write_json(Path(self._output_dir) / BOX_FILE, boxes)
+            segm = Path(self._output_dir) / MASK_FILE
+            if masks or "segm" in self._tasks:
+                _write_json(segm, masks)
+            else:
+                segm.unlink(missing_ok=True)  # of an earlier run with masks
+        if not self._do_evaluation:
+            self._logger.info("Annotations are not available for evaluation.")
+            return
+        if not found:
             self._logger.warning("The model detected nothing in the whole data set.")
-            coco_eval = evaluate_nothing(self._coco_api, iou_type, self._kpt_oks_sigmas)
-        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        by_iou = ap_by_iou(coco_eval)
-        self._ap_by_iou[iou_type] = {
-            f"{iou:.2f}": round(ap, 4) for iou, ap in by_iou.items() if np.isfinite(ap)
+        self._ap_by_iou: dict[str, dict[str, float]] = {}
+        if "bbox" in self._tasks:
+            self._evaluate("bbox", "bbox", [_without(x, "keypoints") for x in boxes], img_ids)
+        if "segm" in self._tasks:
+            ious: IoUs = {}
+            self._evaluate("segm", "segm", masks, img_ids, ious)
+            if any(x.get("mask_scores") for x in predictions):
+                by_class = [
+                    {**mask, "score": x["score"]} for mask, x in zip(masks, found, strict=True)
+                ]
+                self._evaluate(CLASS_SCORE_TASK, "segm", by_class, img_ids, ious)
+                gain = difference(self._results["segm"], self._results[CLASS_SCORE_TASK])
+                self._results[MASK_GAIN_TASK] = gain
+        if "keypoints" in self._tasks:
+            evaluation = evaluate_keypoints(
+                self._coco_api, found, self._kpt_oks_sigmas, img_ids, fast=self._use_fast_impl
+            )
+            self._note_ap_by_iou("keypoints", evaluation)
+            self._results["keypoints"] = self._derive_coco_results(
+                evaluation, "keypoints", self._metadata.get("thing_classes")
+            )
+        tables = {self._metadata.name: dict(self._results)}
+        text = "\n\n".join(table for table in (summary_table(tables), class_table(tables)) if table)
+        self._logger.info(f"In percent:\n\n{text}\n")
+        if self._output_dir:
+            _write_json(Path(self._output_dir) / "ap_by_iou.json", self._ap_by_iou, indent=1)
+
+    def _evaluate(
+        self,
+        task: str,
+        iou_type: str,
+        results: list[Result],
+        image_ids: Any,
+        ious: IoUs | None = None,
+    ) -> None:
+        evaluation = evaluate_results(
+            self._coco_api,
+            results,
+            iou_type,
+            self._protocol,
+            image_ids=image_ids,
+            fast=self._use_fast_impl,
+            ious=ious,
+        )
+        self._note_ap_by_iou(task, evaluation)
+        self._results[task] = metrics(evaluation, self._metadata.get("thing_classes"))
+
+    def _note_ap_by_iou(self, task: str, evaluation: COCOeval) -> None:
+        self._ap_by_iou[task] = {
+            f"{iou:.2f}": round(ap, 4)
+            for iou, ap in ap_by_iou(evaluation).items()
+            if math.isfinite(ap)
         }
-        if iou_type == "keypoints":
-            return results
-        # In its place among the summary metrics, before those of single classes.
-        ordered = {}
-        for key, value in results.items():
-            ordered[key] = value
-            if key == "AP75":
-                ordered["AP90"] = by_iou[0.9]
-        return ordered
+
+    def _with_dataset_ids(self, found: list[Result]) -> list[Result]:
+        """The detections with the data set's category ids in place of class indices."""
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if ids is None:
+            return found
+        category = {index: identity for identity, index in ids.items()}
+        unknown = {x["category_id"] for x in found} - set(category)
+        if unknown:
+            raise ValueError(
+                f"the model predicts class {min(unknown)}, and data set {self._metadata.name} has "
+                f"{len(category)} classes: set MODEL.ROI_HEADS.NUM_CLASSES to their number"
+            )
+        return [{**x, "category_id": category[x["category_id"]]} for x in found]
+
+
+def to_coco_json(instances: Instances, image_id: Any) -> list[Result]:
+    """detectron2's `instances_to_coco_json`, and "mask_score" where there are `mask_scores`.
+
+    Masks are encoded on the device they are on.
+    """
+    masks = encode_masks(instances.pred_masks) if instances.has("pred_masks") else None
+    scores = instances.mask_scores.tolist() if instances.has("mask_scores") else None
+    rest = Instances(instances.image_size, **instances.get_fields())
+    for name in ("pred_masks", "mask_scores"):
+        if rest.has(name):
+            rest.remove(name)
+    results: list[Result] = instances_to_coco_json(rest.to("cpu"), image_id)
+    for index, result in enumerate(results):
+        if masks is not None:
+            result["segmentation"] = masks[index]
+        if scores is not None:
+            result["mask_score"] = scores[index]
+    return results
 
 
 def in_float32(instances: Instances) -> Instances:
@@ -119,37 +225,25 @@ def in_float32(instances: Instances) -> Instances:
     return result
 
 
-def ap_by_iou(coco_eval: COCOeval) -> dict[float, float]:
-    """AP in percent at each IoU threshold (0.5, 0.55, ..., 0.95), all areas and classes.
-
-    Args:
-        coco_eval: after `accumulate`. NaN where there is no ground truth.
-    """
-    precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # (T, R, K): area "all", most dets
-    result = {}
-    for iou, values in zip(coco_eval.params.iouThrs, precision, strict=True):
-        values = values[values > -1]
-        result[round(float(iou), 2)] = float(values.mean() * 100) if values.size else float("nan")
-    return result
-
-
-def evaluate_nothing(coco: COCO, iou_type: str, kpt_oks_sigmas: Sequence[float] = ()) -> COCOeval:
-    """The finished evaluation of zero detections, which `COCO.loadRes` refuses to load."""
-    empty = COCO()
-    empty.dataset = {
-        "images": coco.dataset["images"],
-        "categories": coco.dataset["categories"],
-        "annotations": [],
+def _mask_result(found: Result) -> Result:
+    """A detection as COCO's result format has masks: ranked by mask score, and without a box."""
+    return {
+        "image_id": found["image_id"],
+        "category_id": found["category_id"],
+        "segmentation": found["segmentation"],
+        "score": found.get("mask_score", found["score"]),
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        empty.createIndex()
-        evaluation = COCOeval(coco, empty, iou_type)
-        if iou_type == "keypoints" and kpt_oks_sigmas:
-            evaluation.params.kpt_oks_sigmas = np.array(kpt_oks_sigmas)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
+
+
+def _without(found: Result, *keys: str) -> Result:
+    return {key: value for key, value in found.items() if key not in keys}
+
+
+def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write beside, then rename: other programs never find half a file."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=indent), encoding="utf-8")
+    beside.replace(path)
 
 
 def _complete(annotation: dict[str, Any]) -> None:

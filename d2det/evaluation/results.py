@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # data set -> task ("bbox", "segm", ...) -> metric -> percent (NaN: cannot be computed)
 Results = dict[str, dict[str, dict[str, float]]]
 
+CLASS_SCORE_TASK = "segm_class_score"  # masks ranked by class score, beside "segm" by mask score
+MASK_GAIN_TASK = "mask_scoring_gain"  # what the mask score adds
+
 _FIRST_METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
 _CLASS_PREFIX = "AP-"
 

@@ -11,6 +11,7 @@ from d2det.modeling.dense_head import (
     DenseLocalRegressionHead,
     build_dense_regression_head,
 )
+from d2det.modeling.mask_head import D2DetMaskHead
 from d2det.modeling.mimic import FeatureMimicking, MimickingRCNN
 from d2det.modeling.pooler import (
     ROI_POOLER_REGISTRY,
@@ -26,6 +27,7 @@ __all__ = [
     "ROI_DENSE_REGRESSION_HEAD_REGISTRY",
     "ROI_POOLER_REGISTRY",
     "ClassPredictor",
+    "D2DetMaskHead",
     "D2DetROIHeads",
     "DeformRoIPooler",
     "DeformableROIHeads",

@@ -18,7 +18,8 @@ ROI_DENSE_REGRESSION_HEAD_REGISTRY.__doc__ = """
 Heads that `MODEL.ROI_DENSE_REGRESSION_HEAD.NAME` can name.
 
 A registered class is called with (cfg, input_shape: ShapeSpec of the pooled features) and offers
-`forward`, `losses` and `boxes` as `d2det.core.DenseRegression` does.
+`forward`, `losses` and `boxes` as `d2det.core.DenseRegression` does; beside `D2DetMaskHead` also
+`tower`, with `CONV_DIM` channels of half the pooled side, `predict`, and the `overlap` of `losses`.
 """
 
 
@@ -42,7 +43,7 @@ class DenseLocalRegressionHead(DenseRegression):
             norm: as detectron2's `get_norm` takes it; "GN" uses `norm_groups`.
             norm_groups: groups of "GN".
         """
-        super().__init__(input_shape.channels, norm=_norm(norm, norm_groups), **kwargs)
+        super().__init__(input_shape.channels, norm=group_norm_or(norm, norm_groups), **kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -67,9 +68,10 @@ class DenseLocalRegressionHead(DenseRegression):
         }
 
 
-def _norm(
+def group_norm_or(
     norm: str | Callable[[int], nn.Module] | None, groups: int
 ) -> Callable[[int], nn.Module] | None:
+    """What makes a normalisation layer: "GN" of `groups`, or detectron2's of that name."""
     if norm is None or norm == "":
         return None
     if norm == "GN":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from d2det.core.mimicking import REDUCTIONS, ROI_CHOICES, crop_patches, mimic_loss, select_rois
-from d2det.modeling.roi_heads import image_index
+from d2det.modeling.batch import image_index
 
 
 class FeatureMimicking(nn.Module):

@@ -10,7 +10,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from d2det.core import (
@@ -24,6 +23,7 @@ from d2det.core import (
     suppress,
     threshold_candidates,
 )
+from d2det.modeling.batch import check_finite, image_index, image_sizes, put_scalars
 from d2det.modeling.box_branches import (
     ClassPredictor,
     build_classification_head,
@@ -31,20 +31,21 @@ from d2det.modeling.box_branches import (
     build_delta_predictor,
 )
 from d2det.modeling.dense_head import build_dense_regression_head
+from d2det.modeling.dense_masks import DenseMaskROIHeads
 from d2det.modeling.pooler import build_box_pooler
 from d2det.modeling.shapes import channels_and_strides
-from d2det.modeling.standard_heads import DeformableROIHeads
 
 
 @ROI_HEADS_REGISTRY.register()
-class D2DetROIHeads(DeformableROIHeads):
+class D2DetROIHeads(DenseMaskROIHeads):
     """Separate branches for what an object is and where it is (Sec. 3).
 
     The classification branch scores the proposals; the dense regression branch moves the best of
     them. All images of a batch go through each in one call. Without a dense head the second branch
     predicts plain box deltas: the paper's baseline.
 
-    Mask and keypoint heads are detectron2's, on the regressed boxes.
+    A `D2DetMaskHead` reads the tower of dense regression, in a second pooling from the regressed
+    boxes. Other mask heads, and keypoint heads, are detectron2's, on the same boxes.
     """
 
     @configurable
@@ -84,6 +85,8 @@ class D2DetROIHeads(DeformableROIHeads):
                 predicted boxes, of which this class has none in training.
         """
         super().__init__(**kwargs)
+        if self.dense_masks and not hasattr(dense_head, "tower"):
+            raise ValueError("D2DetMaskHead needs a dense_head with a tower to read")
         if (dense_head is None) != (dense_pooler is None):
             raise ValueError("dense_head and dense_pooler come together")
         if dense_head is not None and delta_branch is not None:
@@ -156,34 +159,78 @@ class D2DetROIHeads(DeformableROIHeads):
     def _forward_box(
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor] | list[Instances]:
-        maps = [features[name] for name in self.box_in_features]
         if not self.training:
-            check_finite(maps)
-        boxes = [p.proposal_boxes for p in proposals]
-        box_features = self.box_head(self.box_pooler(maps, boxes))
+            candidates = self.box_candidates(features, proposals)
+            return self.detections(candidates, [p.image_size for p in proposals])
+        maps = [features[name] for name in self.box_in_features]
+        box_features = self.box_head(self.box_pooler(maps, [p.proposal_boxes for p in proposals]))
         if self.dense_head is None:
-            other = box_features if self.delta_branch is None else self.delta_branch(maps, boxes)
-            predictions = (
-                self.box_predictor.cls_score(box_features.flatten(1)),
-                self.box_predictor.bbox_pred(other.flatten(1)),
+            predictions = self._delta_predictions(maps, box_features, proposals)
+            return self.box_predictor.losses(predictions, proposals)
+        gt_classes = torch.cat([p.gt_classes for p in proposals])
+        losses = self.box_predictor.losses(self.box_predictor(box_features), gt_classes)
+        losses.update(self._dense_losses(maps, proposals))
+        return losses
+
+    def box_candidates(self, features: dict[str, Tensor], proposals: list[Instances]) -> Candidates:
+        """Scored and regressed boxes of all images, before those of a class compete.
+
+        Test-time augmentation pools them over its views and passes them on to `detections`.
+        """
+        maps = [features[name] for name in self.box_in_features]
+        check_finite(maps)
+        box_features = self.box_head(self.box_pooler(maps, [p.proposal_boxes for p in proposals]))
+        if self.dense_head is None:
+            predictions = self._delta_predictions(maps, box_features, proposals)
+            candidates = self._delta_candidates(predictions, proposals)
+        else:
+            candidates = self._dense_candidates(maps, self.box_predictor(box_features), proposals)
+        sizes = image_sizes(proposals, candidates.boxes)[candidates.images]
+        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes))
+
+    def detections(
+        self,
+        candidates: Candidates,
+        sizes: list[tuple[int, int]],
+        *,
+        pooled: bool = False,
+    ) -> list[Instances]:
+        """What is left of the candidates once those of a class have competed.
+
+        Args:
+            candidates: of `box_candidates`, or several such of the same images pooled.
+            sizes: height and width of each image.
+            pooled: the candidates are those of several views. Where a model's boxes do not compete
+                once they are moved (dense regression without soft-NMS), views would repeat each
+                object: plain NMS at `nms_thresh` merges them.
+        """
+        if self.soft_nms is None and (pooled or self.dense_head is None):
+            candidates = nms_candidates(
+                candidates,
+                iou_threshold=self.nms_thresh,
+                limit=self.detections_per_image,
+                num_images=len(sizes),
             )
-            if self.training:
-                return self.box_predictor.losses(predictions, proposals)
-            return self._detect_by_deltas(predictions, proposals)
-        logits = self.box_predictor(box_features)
-        if self.training:
-            gt_classes = torch.cat([p.gt_classes for p in proposals])
-            losses = self.box_predictor.losses(logits, gt_classes)
-            losses.update(self._dense_losses(maps, proposals))
-            return losses
-        return self._detect_densely(maps, logits, proposals)
+        found = suppress(
+            candidates, self.soft_nms, limit=self.detections_per_image, num_images=len(sizes)
+        )
+        order = found.images.argsort(stable=True)
+        counts = torch.bincount(found.images, minlength=len(sizes)).tolist()
+        results = []
+        parts = (x[order].split(counts) for x in found[:3])
+        for size, boxes, scores, classes in zip(sizes, *parts, strict=True):
+            result = Instances(size)
+            result.pred_boxes = Boxes(boxes)
+            result.scores = scores
+            result.pred_classes = classes
+            results.append(result)
+        return results
 
     def _dense_losses(self, maps: list[Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         images = image_index([len(p) for p in proposals], maps[0].device)
+        gt_classes = torch.cat([p.gt_classes for p in proposals])
         positive = sample_positives(
-            torch.cat([p.gt_classes for p in proposals]),
-            self.num_classes,
-            self.max_positive_per_image * len(proposals),
+            gt_classes, self.num_classes, self.max_positive_per_image * len(proposals)
         )
         images = images[positive]
         # detectron2 gives the proposals of an image without objects no gt_boxes.
@@ -192,17 +239,25 @@ class D2DetROIHeads(DeformableROIHeads):
         )[positive]
         boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])[positive]
         boxes = jitter_boxes(boxes.detach(), image_sizes(proposals, boxes)[images], self.jitter)
-        prediction = self.dense_head(self._dense_features(maps, images, boxes))
-        losses, statistics = self.dense_head.losses(prediction, boxes, gt_boxes)
-        storage = get_event_storage()
-        storage.put_scalar("dense_reg/num_rois", positive.numel())
-        for name, value in statistics.items():
-            storage.put_scalar(f"dense_reg/{name}", value)
-        return losses
+        features = self._dense_features(maps, images, boxes)
+        put_scalars("dense_reg", {"num_rois": positive.numel()})
+        if not self.dense_masks:
+            losses, statistics = self.dense_head.losses(self.dense_head(features), boxes, gt_boxes)
+            put_scalars("dense_reg", statistics)
+            return losses
+        trunk = self.dense_head.tower(features)
+        targets, mask_losses = self._mask_losses(
+            trunk, gt_classes[positive], proposals, positive, images, boxes
+        )
+        losses, statistics = self.dense_head.losses(
+            self.dense_head.predict(trunk), boxes, gt_boxes, self.mask_head.overlap(targets)
+        )
+        put_scalars("dense_reg", statistics)
+        return {**losses, **mask_losses}
 
-    def _detect_densely(
+    def _dense_candidates(
         self, maps: list[Tensor], logits: Tensor, proposals: list[Instances]
-    ) -> list[Instances]:
+    ) -> Candidates:
         candidates = threshold_candidates(
             torch.cat([p.proposal_boxes.tensor for p in proposals]),
             logits.float().softmax(dim=1),
@@ -217,78 +272,29 @@ class D2DetROIHeads(DeformableROIHeads):
         )
         features = self._dense_features(maps, candidates.images, candidates.boxes)
         boxes = self.dense_head.boxes(self.dense_head(features), candidates.boxes)
-        return self._finish(candidates._replace(boxes=boxes), proposals)
+        return candidates._replace(boxes=boxes)
 
-    def _detect_by_deltas(
+    def _delta_predictions(
+        self, maps: list[Tensor], box_features: Tensor, proposals: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        other = box_features
+        if self.delta_branch is not None:
+            other = self.delta_branch(maps, [p.proposal_boxes for p in proposals])
+        return (
+            self.box_predictor.cls_score(box_features.flatten(1)),
+            self.box_predictor.bbox_pred(other.flatten(1)),
+        )
+
+    def _delta_candidates(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
-    ) -> list[Instances]:
+    ) -> Candidates:
         boxes = torch.cat(self.box_predictor.predict_boxes(predictions, proposals))
         scores = torch.cat(self.box_predictor.predict_probs(predictions, proposals))
         if boxes.shape[1] != 4:
             boxes = boxes.view(boxes.shape[0], self.num_classes, 4)
         images = image_index([len(p) for p in proposals], boxes.device)
-        candidates = threshold_candidates(boxes, scores, images, self.score_thresh)
-        if self.soft_nms is None:
-            candidates = self._clip(candidates, proposals)
-            candidates = nms_candidates(
-                candidates,
-                iou_threshold=self.nms_thresh,
-                limit=self.detections_per_image,
-                num_images=len(proposals),
-            )
-        return self._finish(candidates, proposals)
+        return threshold_candidates(boxes, scores, images, self.score_thresh)
 
     def _dense_features(self, maps: list[Tensor], images: Tensor, boxes: Tensor) -> Tensor:
         rois = torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)
         return self.dense_pooler(maps, rois)
-
-    def _clip(self, candidates: Candidates, proposals: list[Instances]) -> Candidates:
-        sizes = image_sizes(proposals, candidates.boxes)[candidates.images]
-        return candidates._replace(boxes=clip_boxes(candidates.boxes, sizes))
-
-    def _finish(self, candidates: Candidates, proposals: list[Instances]) -> list[Instances]:
-        detections = suppress(
-            self._clip(candidates, proposals),
-            self.soft_nms,
-            limit=self.detections_per_image,
-            num_images=len(proposals),
-        )
-        order = detections.images.argsort(stable=True)
-        counts = torch.bincount(detections.images, minlength=len(proposals)).tolist()
-        results = []
-        parts = (x[order].split(counts) for x in detections[:3])
-        for proposal, boxes, scores, classes in zip(proposals, *parts, strict=True):
-            result = Instances(proposal.image_size)
-            result.pred_boxes = Boxes(boxes)
-            result.scores = scores
-            result.pred_classes = classes
-            results.append(result)
-        return results
-
-
-def image_index(counts: list[int], device: torch.device) -> Tensor:
-    """The image of each box (R,), given the number of boxes of each image."""
-    repeats = torch.tensor(counts, dtype=torch.int64, device=device)
-    return torch.arange(len(counts), device=device).repeat_interleave(
-        repeats, output_size=sum(counts)
-    )
-
-
-def image_sizes(instances: list[Instances], like: Tensor) -> Tensor:
-    """Height and width of each image (N, 2)."""
-    return torch.tensor([x.image_size for x in instances], device=like.device, dtype=like.dtype)
-
-
-def check_finite(maps: list[Tensor]) -> None:
-    """Refuse NaN and Inf, which thresholds and NMS would turn into "no objects here".
-
-    The coarsest map is enough: every pixel of the image reaches it.
-    """
-    finite = torch.isfinite(maps[-1]).flatten(1).all(dim=1)
-    if not finite.all():
-        bad = (~finite).nonzero()[:, 0].tolist()
-        raise FloatingPointError(
-            f"the features of image(s) {bad} of the batch contain NaN or Inf: look for such values "
-            "in the input (a float image?) and in the weights (a training that diverged?); under "
-            "float16, features may overflow: try bfloat16 (SOLVER.AMP.PRECISION bf16)"
-        )

@@ -152,6 +152,19 @@ def test_masks_are_needed(cfg, add):
     check_datasets(cfg)
 
 
+def test_many_objects_without_masks_need_a_head_that_takes_them(cfg, add, monkeypatch):
+    name = add(masks=[[1, 1, 9, 1, 9, 9]])
+    metadata = vars(MetadataCatalog.get(name))
+    monkeypatch.setitem(metadata, "without_mask", 0.04)
+    cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON = (name,), True
+    check_datasets(cfg)
+    monkeypatch.setitem(metadata, "without_mask", 0.25)
+    with pytest.raises(ValueError, match="no valid mask for 25% of its objects.*D2DetMaskHead"):
+        check_datasets(cfg)
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "D2DetMaskHead"
+    check_datasets(cfg)
+
+
 def test_rle_needs_bitmasks(cfg, add):
     cfg.DATASETS.TRAIN = (add(masks={"size": [30, 40], "counts": [40, 10, 1150]}),)
     cfg.MODEL.MASK_ON = True

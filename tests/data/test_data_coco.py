@@ -218,24 +218,17 @@ def test_polygons_alone_need_no_other_format(data, register):
     assert MetadataCatalog.get(name).has_masks is True
 
 
-def test_few_objects_without_a_mask_are_dropped(data, register, caplog):
-    data["annotations"] = [
-        entry(i, 5, (10, 10, 10, 10), segmentation=SQUARE) for i in range(1, 40)
-    ] + [entry(40, 15, (1, 1, 5, 5), segmentation=[[1, 1, 2, 2]])]
-    name, _ = register(data, purpose="train")
-    assert "1 objects dropped for want of a valid mask" in caplog.text
-    assert MetadataCatalog.get(name).has_masks is True
-    assert [r["image_id"] for r in DatasetCatalog.get(name)] == [5, 25]
-
-
-def test_where_many_lack_a_mask_none_is_used(data, register, caplog):
+def test_objects_without_a_mask_keep_their_boxes_and_are_counted(data, register, caplog):
     data["annotations"][0]["segmentation"] = SQUARE
+    data["annotations"][1]["segmentation"] = [[1, 1, 2, 2]]  # two points
     name, _ = register(data, purpose="train")
-    assert "2 objects without a valid mask, so that no masks are used" in caplog.text
-    assert MetadataCatalog.get(name).has_masks is False
+    assert "2 objects without a valid mask" in caplog.text
+    metadata = MetadataCatalog.get(name)
+    assert metadata.has_masks is True
+    assert metadata.without_mask == pytest.approx(2 / 3)
     annotations = [a for r in DatasetCatalog.get(name) for a in r["annotations"]]
     assert len(annotations) == 3
-    assert not any("segmentation" in a for a in annotations)
+    assert sum("segmentation" in a for a in annotations) == 1
 
 
 def test_sizes_that_the_json_lacks_are_read_from_the_files(data, register, tmp_path):
