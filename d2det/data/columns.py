@@ -155,9 +155,9 @@ def from_labels(labels: np.ndarray) -> dict[int, Columns]:
     starts, ends, value = starts[kept], ends[kept], value[kept]
     order = np.argsort(value, kind="stable")
     starts, ends, value = starts[order], ends[order], value[order]
-    firsts = np.flatnonzero(np.append(True, value[1:] != value[:-1])) if len(value) else []
+    firsts = np.flatnonzero(np.diff(value, prepend=0))
     found = {}
-    for first, last in zip(firsts, [*firsts[1:], len(value)], strict=True):
+    for first, last in zip(firsts, np.append(firsts, len(value))[1:], strict=True):
         x = starts[first:last] // height
         found[int(value[first])] = Columns(
             x, starts[first:last] - x * height, ends[first:last] - x * height

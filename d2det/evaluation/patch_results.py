@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from d2det.data.coco import read_coco
-from d2det.data.columns import from_rle
+from d2det.data.columns import Columns, from_rle
 from d2det.data.parallel import in_parallel
 from d2det.data.patches import Window, parse_patch_name
 
@@ -92,6 +92,8 @@ def read_results(path: Path) -> list[Result]:
     needed = {"image_id", "category_id", "bbox", "score"}
     for number, result in enumerate(results if isinstance(results, list) else [None], start=1):
         lacking = needed - set(result) if isinstance(result, dict) else needed
+        if isinstance(result, dict) and "segmentation" in result:
+            lacking -= {"bbox"}
         if lacking:
             raise ValueError(
                 f"{path} is not a list in COCO's result format: entry {number} has no "
@@ -110,7 +112,8 @@ def merge_results(
     """Results on patches merged into results on whole images.
 
     Args:
-        results: in COCO's result format, on patches. Masks are used if all have them.
+        results: in COCO's result format, on patches. Masks are used if all have them; "bbox" may
+            be lacking then, and is in the merged results as well.
         patches: of `read_patches`.
         rules: see `merging`.
         workers: processes; 0 merges in this one.
@@ -168,29 +171,38 @@ def _merge(job: _Job) -> tuple[list[Result], Counter[str]]:
     ]
     merged, counts = merge_image(found, patch.height, patch.width, job.rules)
     size = patch.height, patch.width
-    return [to_result(detection, patch.whole_id, *size) for detection in merged], counts
+    written = [to_result(detection, patch.whole_id, *size) for detection in merged]
+    if any("bbox" not in result for _, result in job.results):
+        for result in written:
+            del result["bbox"]
+    return written, counts
 
 
 def _detection(number: int, result: Result, patch: Patch, masks: bool) -> Detection:
     window = patch.window
     try:
-        x, y, width, height = (float(value) for value in result["bbox"])
         score = float(result["score"])
-        if not all(map(math.isfinite, (x, y, width, height, score))):
-            raise ValueError("a box or score that is not finite")
-        columns = None
-        if masks:
-            size = [window.y2 - window.y1, window.x2 - window.x1]
-            if list(result["segmentation"]["size"]) != size:
-                raise ValueError(
-                    f"a mask of {result['segmentation']['size']} pixels (height, width) on a patch "
-                    f"of {size}"
-                )
-            columns = from_rle(result["segmentation"]).shift(window.x1, window.y1)
+        columns = _mask(result["segmentation"], window) if masks else None
+        if columns is None or "bbox" in result:
+            x, y, width, height = (float(value) for value in result["bbox"])
+            box = x + window.x1, y + window.y1, x + width + window.x1, y + height + window.y1
+        else:
+            x1, y1, x2, y2 = columns.box()
+            box = float(x1), float(y1), float(x2), float(y2)
+        if not all(map(math.isfinite, (*box, score))):
+            raise ValueError("its box or score is not finite")
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"result {number} is malformed: {error}") from error
-    box = x + window.x1, y + window.y1, x + width + window.x1, y + height + window.y1
     return Detection(result["category_id"], score, box, columns, (window,), cut=False)
+
+
+def _mask(segmentation: dict[str, Any], window: Window) -> Columns:
+    size = [window.y2 - window.y1, window.x2 - window.x1]
+    if list(segmentation["size"]) != size:
+        raise ValueError(
+            f"a mask of {segmentation['size']} pixels (height, width) on a patch of {size}"
+        )
+    return from_rle(segmentation).shift(window.x1, window.y1)
 
 
 def write_results(results: Sequence[Result], path: Path) -> None:

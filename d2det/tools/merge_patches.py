@@ -16,12 +16,12 @@ from pathlib import Path
 from d2det.evaluation.patch_detections import MergeRules
 from d2det.evaluation.patch_results import merge_results, read_patches, read_results, write_results
 from d2det.evaluation.patch_truth import compare_with_truth, truth_as_results
-from d2det.evaluation.whole_images import evaluate
+from d2det.evaluation.whole_images import SIDES, evaluate, isaid_protocol
 
 EXAMPLES = """\
 examples:
   python -m d2det.tools.merge_patches \\
-      output/isaid/inference/isaid_val/coco_instances_results.json \\
+      output/isaid/inference/isaid_val/coco_segm_results.json \\
       --patches isaid/val/instancesonly_filtered_val.json \\
       --output merged.json --evaluate isaid/val/whole_val.json
   what cutting and merging lose, if the detector is perfect:
@@ -47,9 +47,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "does not name them")  # fmt: skip
     add("--output", type=Path, metavar="FILE", help="default: RESULTS_merged.json beside RESULTS")
     add("--evaluate", type=Path, metavar="FILE", help="annotations to compute AP on")
-    add("--area-ranges", nargs=2, type=float, default=(144, 512), metavar="SIDE",
-        help="medium objects have an area of at least the square of the first and less than that "
-        "of the second, in pixels; iSAID's: %(default)s")  # fmt: skip
+    add(
+        "--area-sides",
+        nargs=3,
+        type=float,
+        default=SIDES,
+        metavar="SIDE",
+        help="small, medium and large objects begin at the squares of these; iSAID's: 10 144 512",
+    )
     add("--max-dets", type=int, default=1000, metavar="N",
         help="detections of an image and class that are evaluated; %(default)s")  # fmt: skip
     add("--ground-truth", action="store_true",
@@ -117,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_results(merged, output)
             print(f"Written: {output}")
         if args.evaluate:
-            print(evaluate(merged, args.evaluate, args.area_ranges, args.max_dets))
+            protocol = isaid_protocol(args.area_sides, args.max_dets)
+            print(evaluate(merged, args.evaluate, protocol))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
