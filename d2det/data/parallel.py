@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -36,8 +37,7 @@ def _run(function: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterato
     if workers == 0:
         yield from ((number, function(job)) for number, job in todo)
         return
-    # Not forked: OpenCV's and torch's threads do not survive it.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, _context(function), initializer=_one_thread) as pool:
         waiting: dict[Future[Any], int] = {}
         try:
             while True:
@@ -50,6 +50,16 @@ def _run(function: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterato
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _context(function: Callable[..., Any]) -> BaseContext:
+    """Not plain forks, which OpenCV's and torch's threads do not survive: forks of a process that
+    has imported the function's module and done nothing else, where there is such a thing."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    return context
 
 
 def _one_thread() -> None:
