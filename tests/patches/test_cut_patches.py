@@ -200,6 +200,18 @@ def test_boxes_without_masks_are_clipped():
     assert late["bbox"] == [10.5, 10, 30, 20] and late["source_id"] == 3
 
 
+def test_an_object_that_is_not_cut_keeps_its_box_and_area():
+    """As annotated, between pixels, and exactly: back in the image, the numbers are the same."""
+    columns = from_dense(np.ones((8, 11))).shift(403, 617)
+    box = (402.7, 616.9, 414.21, 625.43)
+    instance = Instance(1, 0, box, 93.25, columns, 1)
+    (piece,) = cut_instances([instance], Window(400, 600, 500, 700), Rules(), Counter())
+    assert piece["area"] == 93.25
+    assert piece["bbox"][0] + 400 == box[0] and piece["bbox"][1] + 600 == box[1]
+    (cut_one,) = cut_instances([instance], Window(310, 600, 410, 700), Rules(), Counter())
+    assert cut_one["bbox"] == [93.0, 17.0, 7.0, 8.0] and cut_one["area"] == 56
+
+
 def test_crowd_regions_stay_crowd_and_rle():
     columns = from_dense(np.ones((20, 20)))
     crowd = Instance(1, 1, (0.0, 0.0, 20.0, 20.0), 400, columns, 1)

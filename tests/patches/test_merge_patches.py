@@ -163,6 +163,14 @@ def test_each_piece_has_one_partner_in_a_patch():
     assert boxes(merge(*pieces)[0]) == [one, other]
 
 
+def test_the_better_of_two_pieces_gets_the_only_partner():
+    one, other = (20, 30, 160, 50), (40, 34, 160, 54)  # IoU of 16 / 24 in the strip
+    pieces = [found(one, LEFT), found(other, LEFT), found(one, RIGHT)]
+    for order in itertools.permutations(pieces):
+        merged, counts = merge(*order)
+        assert boxes(merged) == [one, (40, 34, 100, 54)] and counts["pieces"] == 2
+
+
 def test_a_rejoined_part_that_is_still_cut_gives_way_to_the_whole():
     """Two patches beside each other cut it below as well; a third shows all of it."""
     upper = [Window(0, 0, 100, 100), Window(70, 0, 170, 100)]
