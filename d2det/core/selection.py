@@ -16,6 +16,8 @@ from torchvision.ops import nms
 
 from d2det.ops import soft_nms
 
+_COMPARED_AT_FIRST = 8  # candidates for each detection that is wanted
+
 
 class Candidates(NamedTuple):
     """M scored boxes of a batch of images, in falling score order."""
@@ -64,14 +66,42 @@ def threshold_candidates(
 def nms_candidates(
     candidates: Candidates, *, iou_threshold: float, limit: int, num_images: int
 ) -> Candidates:
-    """Plain NMS within each image and class, then the best `limit` of each image."""
+    """Plain NMS within each image and class, then the best `limit` of each image.
+
+    Whether a candidate is kept depends on better ones only. So the best few of each image are
+    compared, and more of them as long as fewer than `limit` are kept: with the 1.2 million pairs of
+    1000 proposals and LVIS's 1203 classes, a few thousand are looked at, and the result is that of
+    comparing all.
+
+    Args:
+        candidates: in falling score order.
+        iou_threshold: from which the worse of two boxes is dropped.
+        limit: boxes an image.
+        num_images: images in the batch.
+    """
+    images = candidates.images
+    size = max(_COMPARED_AT_FIRST * limit, 1)
+    if len(images) <= size:
+        kept = candidates.take(_nms(candidates, iou_threshold))
+        return _best_per_image(kept, limit, num_images)
+    total = torch.bincount(images, minlength=num_images)
+    rank = _rank_in_image(images, num_images)
+    while True:
+        best = candidates.take(rank <= size)
+        kept = best.take(_nms(best, iou_threshold))
+        found = torch.bincount(kept.images, minlength=num_images)
+        if bool(((found >= limit) | (total <= size)).all()):
+            return _best_per_image(kept, limit, num_images)
+        size *= 4
+
+
+def _nms(candidates: Candidates, iou_threshold: float) -> Tensor:
     boxes = candidates.boxes.double()
     # Groups are moved apart, so that one call serves them all; in float64 because coordinates of
     # 10^6 pixels would cost float32 the precision of the IoU.
     span = boxes.max() - boxes.min() + 1 if boxes.numel() else 1.0
     shifted = boxes + (_groups(candidates) * span)[:, None]
-    kept = candidates.take(nms(shifted, candidates.scores.double(), iou_threshold))
-    return _best_per_image(kept, limit, num_images)
+    return nms(shifted, candidates.scores.double(), iou_threshold)
 
 
 def suppress(
@@ -137,6 +167,10 @@ def _groups(candidates: Candidates) -> Tensor:
 
 
 def _best_per_image(candidates: Candidates, limit: int, num_images: int) -> Candidates:
-    member = candidates.images[:, None] == torch.arange(num_images, device=candidates.images.device)
-    rank = member.cumsum(dim=0).gather(1, candidates.images[:, None])[:, 0]
-    return candidates.take(rank <= limit)
+    return candidates.take(_rank_in_image(candidates.images, num_images) <= limit)
+
+
+def _rank_in_image(images: Tensor, num_images: int) -> Tensor:
+    """The place (M,), from 1, of each candidate among those of its image, in their order."""
+    member = images[:, None] == torch.arange(num_images, device=images.device)
+    return member.cumsum(dim=0).gather(1, images[:, None])[:, 0]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from d2det.evaluation.lvis import check_lvis
+
 from .mapper import masks_may_lack
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ def check_datasets(cfg: CfgNode) -> None:
     Raises:
         FileNotFoundError: files of a data set are missing.
         ValueError: an unknown name, an empty data set, one without boxes or masks where the
-            training needs them, or classes that differ between data sets or from the model.
+            training needs them, classes that differ between data sets or from the model, or a
+            package that the data set needs is missing.
     """
     train, test = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
     names = tuple(dict.fromkeys(train + test))
@@ -42,6 +45,8 @@ def check_datasets(cfg: CfgNode) -> None:
     for name in names:
         _check_known(name)
         _check_files(name)
+        if MetadataCatalog.get(name).get("evaluator_type") == "lvis":
+            check_lvis()
         _load_if_needed(name)
     _check_classes(cfg, names)
     for name in train:

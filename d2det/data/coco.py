@@ -99,6 +99,28 @@ def register_coco(
     return len(classes)
 
 
+def load_coco(
+    content: dict[str, Any], image_root: Path, json_file: Path, *, purpose: str | None = None
+) -> list[dict[str, Any]]:
+    """detectron2's records of a data set, checked and cleaned as `register_coco` does.
+
+    Args:
+        content: of `read_coco`, with categories.
+        image_root, purpose: as for `register_coco`.
+        json_file: named in messages.
+
+    Raises:
+        FileNotFoundError, ValueError: as `register_coco`.
+    """
+    check_files(content["images"], image_root, json_file)
+    sizes = missing_sizes(content["images"], image_root)
+    _, id_map = _classes(content, json_file, None)
+    records, facts = _records(content, image_root, json_file, id_map, sizes, purpose)
+    if facts.warning:
+        _logger.warning("%s: %s", json_file, facts.warning)
+    return records
+
+
 def read_coco(json_file: Path) -> dict[str, Any]:
     """Read a COCO JSON and check its outline.
 

@@ -6,10 +6,11 @@ import os
 from typing import TYPE_CHECKING
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, SemSegEvaluator
+from detectron2.evaluation import DatasetEvaluator, SemSegEvaluator
 
 from .coco import CocoEvaluator
 from .coco_metrics import read_protocol
+from .lvis import LvisEvaluator, check_lvis
 from .pascal_voc import PascalVOCEvaluator
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def build_evaluator(
         output_folder: for the predictions; default `OUTPUT_DIR/inference/<dataset_name>`.
 
     Raises:
-        ValueError: an evaluator type this project does not serve, or unfit keys of TEST.COCO.
+        ValueError: an evaluator type this project does not serve, one whose package is missing,
+            or unfit keys of TEST.COCO.
     """
     output_folder = output_folder or inference_folder(cfg, dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
@@ -55,7 +57,8 @@ def build_evaluator(
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
     if kind == "lvis":
-        return LVISEvaluator(dataset_name, output_dir=output_folder)
+        check_lvis()
+        return LvisEvaluator(dataset_name, output_dir=output_folder)
     if kind == "pascal_voc":
         metric = cfg.TEST.get("VOC_METRIC", "year")
         return PascalVOCEvaluator(dataset_name, output_dir=output_folder, metric=metric)

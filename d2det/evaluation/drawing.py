@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .labels import font_of, write_labels
+from .labels import font_of, label_size, write_labels
 
 _MASK_OPACITY = 0.4
 _GOLDEN_RATIO = 0.618034  # steps of this share of the colour circle never come close to each other
@@ -105,17 +105,15 @@ def draw_label_map(image: np.ndarray, labels: np.ndarray, names: Mapping[int, st
         _blend(canvas, labels == index, class_color(index), thickness)
     if not present:
         return canvas
-    picture = Image.fromarray(cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB))
-    pen = ImageDraw.Draw(picture)
-    font = _font(_font_size(longest, len(present)))
+    boxes = []
     for index in present:
         _, _, parts, centers = cv2.connectedComponentsWithStats((labels == index).astype(np.uint8))
-        largest = 1 + int(parts[1:, cv2.CC_STAT_AREA].argmax())
-        width, height = pen.textlength(names[index], font=font), sum(font.getmetrics())
-        x, y = centers[largest]
-        place = np.array([x - width / 2, y + height / 2, x, y])
-        _write_label(pen, font, names[index], place, class_color(index), thickness)
-    return cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR)
+        x, y = centers[1 + int(parts[1:, cv2.CC_STAT_AREA].argmax())]
+        width, height = label_size(names[index], longest, len(present))
+        # Labels stand above their boxes: here around the middle of the part.
+        boxes.append([x - width / 2, y + height / 2, x + width / 2, y + height / 2])
+    colors = [class_color(index) for index in present]
+    return write_labels(canvas, np.array(boxes), [names[i] for i in present], colors, thickness)
 
 
 def caption(image: np.ndarray, text: str) -> np.ndarray:

@@ -61,6 +61,13 @@ def write_labels(
     return cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR)
 
 
+def label_size(text: str, longest: int, count: int) -> tuple[float, float]:
+    """Width and height in pixels of one of `count` labels on an image whose longer side is given."""
+    font = font_of(_font_size(longest, count))
+    pad = max(1, int(font.size) // 6)
+    return font.getlength(text) + 2 * pad, sum(font.getmetrics())
+
+
 def _font_size(longest: int, count: int) -> int:
     share = 45 if count <= 15 else 60 if count <= 40 else 80
     return max(10, min(28, round(longest / share)))
