@@ -98,6 +98,23 @@ def register_coco(
     return len(classes)
 
 
+def load_coco(
+    json_file: Path, image_root: Path, *, purpose: str | None = None
+) -> tuple[list[dict[str, Any]], list[str], dict[int, int]]:
+    """detectron2's records, the class names, and the map from category ids to 0, 1, ...
+
+    The JSON is checked and its boxes are cleaned as in `register_coco`; the images are not looked
+    at, unless their sizes are missing.
+    """
+    content = read_coco(json_file)
+    classes, id_map = _classes(content, json_file, None)
+    sizes = missing_sizes(content["images"], image_root)
+    records, facts = _records(content, image_root, json_file, id_map, sizes, purpose)
+    if facts.warning:
+        _logger.warning("%s: %s", json_file, facts.warning)
+    return records, classes, id_map
+
+
 def read_coco(json_file: Path) -> dict[str, Any]:
     """Read a COCO JSON and check its outline.
 

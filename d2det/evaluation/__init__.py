@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .build import build_evaluator, inference_folder
 from .coco import CocoEvaluator
+from .uavdt import UAVDTEvaluator
 
-__all__ = ["CocoEvaluator", "build_evaluator", "inference_folder"]
+__all__ = ["CocoEvaluator", "UAVDTEvaluator", "build_evaluator", "inference_folder"]

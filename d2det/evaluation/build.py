@@ -9,6 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 
 from .coco import CocoEvaluator
+from .uavdt import UAVDTEvaluator
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -22,8 +23,8 @@ def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
-    """The evaluator for a data set's "evaluator_type": "coco" (also if unset), "lvis" or
-    "pascal_voc".
+    """The evaluator that TEST.EVALUATOR names, else that of the data set's "evaluator_type": "coco"
+    (also if unset), "lvis", "pascal_voc" or "uavdt".
 
     Boxes are evaluated always, masks and keypoints if the model predicts them; masks only if the
     ground truth has them.
@@ -37,7 +38,7 @@ def build_evaluator(
         ValueError: an evaluator type this project does not serve.
     """
     output_folder = output_folder or inference_folder(cfg, dataset_name)
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
+    kind = cfg.TEST.EVALUATOR or MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
     if kind == "coco":
         tasks = ["bbox"]
         tasks += ["segm"] if cfg.MODEL.MASK_ON else []
@@ -52,6 +53,15 @@ def build_evaluator(
         return LVISEvaluator(dataset_name, output_dir=output_folder)
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
-    raise ValueError(
-        f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis and pascal_voc"
+    if kind == "uavdt":
+        return UAVDTEvaluator(
+            dataset_name,
+            output_dir=output_folder,
+            voc_iou_threshold=cfg.TEST.UAVDT.VOC_IOU_THRESH,
+            toolkit_iou_threshold=cfg.TEST.UAVDT.TOOLKIT_IOU_THRESH,
+            eleven_point=cfg.TEST.UAVDT.ELEVEN_POINT,
+        )
+    source = (
+        "TEST.EVALUATOR is" if cfg.TEST.EVALUATOR else f"data set {dataset_name} has evaluator_type"
     )
+    raise ValueError(f"{source} {kind!r}; known are coco, lvis, pascal_voc and uavdt")

@@ -267,5 +267,5 @@ def test_evaluator_of_each_type(register, tmp_path):
     masks = build_evaluator(cfg, register(content, evaluator_type="coco"), str(tmp_path / "x"))
     assert masks._tasks == ("bbox", "segm")
     assert masks._output_dir == str(tmp_path / "x")
-    with pytest.raises(ValueError, match=r"'cityscapes'.*known are coco, lvis and pascal_voc"):
+    with pytest.raises(ValueError, match=r"'cityscapes'.*known are coco, lvis, pascal_voc"):
         build_evaluator(cfg, register(content, evaluator_type="cityscapes"))
