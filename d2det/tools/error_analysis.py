@@ -186,7 +186,7 @@ def as_json(truth: CocoTruth, analyses: Sequence[Analysis], args: argparse.Names
 
 
 def _plain(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return None if np.isnan(value) else round(float(value), 9)
 
 
 def write_figures(
