@@ -25,7 +25,7 @@ def average_precision(right: np.ndarray, number: int, *, eleven_point: bool = Fa
     precision = hits / np.arange(1, len(hits) + 1)
     best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     if eleven_point:
-        # Whole numbers of objects: 0.3 * 10 is not 3 in floating point.
+        # In whole numbers, so that a recall of 0.3 is reached when it is.
         needed = np.arange(11) * number
         return float(best[np.searchsorted(hits * 10, needed, side="left")].mean())
     # The recall rises by 1 / number with each true positive.

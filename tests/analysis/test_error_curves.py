@@ -228,6 +228,18 @@ def test_duplicates_stay_wrong_and_misses_stay_missed(tmp_path):
     assert (curves[6] == 1).all()
 
 
+def test_of_equally_good_objects_the_last_is_taken(tmp_path):
+    # IoU 3/5 with both; what is left decides whether the second detection, of the first, is right.
+    first, last, between = [0, 0, 40, 40], [20, 0, 40, 40], [10, 0, 40, 40]
+    curves = cat_curves(tmp_path, [(4, first), (4, last)], [between, first])
+    assert curves[1, -1] == pytest.approx(1)
+    curves = cat_curves(tmp_path, [(4, last), (4, first)], [between, first])
+    assert curves[1, -1] == 0
+    content = json.loads((tmp_path / "truth.json").read_text())
+    found = json.loads((tmp_path / "found.json").read_text())
+    np.testing.assert_allclose(precision(content, found, "bbox", [0.5])[0, :, 1, 0], curves[1])
+
+
 def test_an_object_of_another_class_excuses_one_detection_or_any_number(tmp_path):
     boxes = [[60, 4, 40, 40], [60, 5, 40, 40], CAT]
     curves = cat_curves(tmp_path, [(4, CAT), (9, DOG)], boxes)
