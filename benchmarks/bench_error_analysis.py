@@ -22,7 +22,14 @@ SUPERCATEGORIES = 12
 
 
 def write_files(
-    folder: Path, *, images: int, objects: int, detections: int, classes: int, seed: int = 0
+    folder: Path,
+    *,
+    images: int,
+    objects: int,
+    detections: int,
+    classes: int,
+    confused: float = 0.3,
+    seed: int = 0,
 ) -> tuple[Path, Path]:
     """Write truth.json and found.json.
 
@@ -32,6 +39,7 @@ def write_files(
         objects: of an image, on average.
         detections: of an image.
         classes: number of classes.
+        confused: share of the detected objects whose class is drawn by lot.
         seed: of the generator.
     """
     rng = np.random.default_rng(seed)
@@ -77,7 +85,7 @@ def write_files(
                 side[source], 2
             )
             random[close] = moved[close]
-            kind = np.where(close & (rng.random(detections) < 0.7), label[source], kind)
+            kind = np.where(close & (rng.random(detections) >= confused), label[source], kind)
             quality = np.where(close, 0.35 * (0.4 - scale[:, 0]), 0)
             score = np.minimum(score + quality, 1)
         random[:, 2:] = random[:, 2:].clip(2)
@@ -99,6 +107,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=7, help="of an image, on average")
     parser.add_argument("--detections", type=int, default=100, help="of an image")
     parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--confused", type=float, default=0.3, help="share of wrong classes")
     parser.add_argument("--keep", type=Path, help="folder for the files and the figures")
     parser.add_argument("tool", nargs="*", help="further arguments of the tool, after --")
     args = parser.parse_args()
@@ -111,6 +120,7 @@ def main() -> None:
             objects=args.objects,
             detections=args.detections,
             classes=args.classes,
+            confused=args.confused,
         )
         command = [sys.executable, "-m", "d2det.tools.error_analysis", "--gt", str(truth)]
         command += ["--results", str(found), "--output", str(folder / "errors"), *args.tool]
