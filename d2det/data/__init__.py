@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from .generated_names import register_generated
+from .uavdt_names import register_uavdt
 
 if find_spec("detectron2") is not None:
     from .named import register_named
@@ -15,4 +16,5 @@ if find_spec("detectron2") is not None:
 
     register_generated()
     register_named()
+    register_uavdt()
     register_builtin()

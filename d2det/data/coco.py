@@ -101,8 +101,11 @@ def register_coco(
 
 def load_coco(
     content: dict[str, Any], image_root: Path, json_file: Path, *, purpose: str | None = None
-) -> list[dict[str, Any]]:
-    """detectron2's records of a data set, checked and cleaned as `register_coco` does.
+) -> tuple[list[dict[str, Any]], list[str], dict[int, int]]:
+    """detectron2's records, the class names, and the map from category ids to 0, 1, ...
+
+    The JSON is checked and its boxes are cleaned as in `register_coco`; of the images only whether
+    they are there, and their sizes where the JSON has none.
 
     Args:
         content: of `read_coco`, with categories.
@@ -113,12 +116,12 @@ def load_coco(
         FileNotFoundError, ValueError: as `register_coco`.
     """
     check_files(content["images"], image_root, json_file)
+    classes, id_map = _classes(content, json_file, None)
     sizes = missing_sizes(content["images"], image_root)
-    _, id_map = _classes(content, json_file, None)
     records, facts = _records(content, image_root, json_file, id_map, sizes, purpose)
     if facts.warning:
         _logger.warning("%s: %s", json_file, facts.warning)
-    return records
+    return records, classes, id_map
 
 
 def read_coco(json_file: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _register(
             )
         prepare(content, image_root, json_file)
         purpose = "train" if split == "train" else "test"
-        return load_coco(content, image_root, json_file, purpose=purpose)
+        return load_coco(content, image_root, json_file, purpose=purpose)[0]
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(

@@ -5,5 +5,12 @@ from __future__ import annotations
 from .build import build_evaluator, inference_folder
 from .coco import CocoEvaluator
 from .pascal_voc import PascalVOCEvaluator
+from .uavdt import UAVDTEvaluator
 
-__all__ = ["CocoEvaluator", "PascalVOCEvaluator", "build_evaluator", "inference_folder"]
+__all__ = [
+    "CocoEvaluator",
+    "PascalVOCEvaluator",
+    "UAVDTEvaluator",
+    "build_evaluator",
+    "inference_folder",
+]

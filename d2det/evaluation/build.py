@@ -12,6 +12,7 @@ from .coco import CocoEvaluator
 from .coco_metrics import read_protocol
 from .lvis import LvisEvaluator, check_lvis
 from .pascal_voc import PascalVOCEvaluator
+from .uavdt import UAVDTEvaluator
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -26,8 +27,8 @@ def inference_folder(cfg: CfgNode, dataset_name: str, *, augmented: bool = False
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
-    """The evaluator for a data set's "evaluator_type": "coco" (also if unset), "lvis",
-    "pascal_voc", "sem_seg" or "cityscapes_sem_seg".
+    """The evaluator that TEST.EVALUATOR names, else that of the data set's "evaluator_type": "coco"
+    (also if unset), "lvis", "pascal_voc", "uavdt", "sem_seg" or "cityscapes_sem_seg".
 
     Boxes are evaluated always, masks and keypoints if the model predicts them; masks only if the
     ground truth has them. Area ranges and numbers of detections of "coco": TEST.COCO. The last two
@@ -44,7 +45,7 @@ def build_evaluator(
             or unfit keys of TEST.COCO.
     """
     output_folder = output_folder or inference_folder(cfg, dataset_name)
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
+    kind = cfg.TEST.EVALUATOR or MetadataCatalog.get(dataset_name).get("evaluator_type") or "coco"
     if kind == "coco":
         tasks = ["bbox"]
         tasks += ["segm"] if cfg.MODEL.MASK_ON else []
@@ -64,7 +65,17 @@ def build_evaluator(
         return PascalVOCEvaluator(dataset_name, output_dir=output_folder, metric=metric)
     if kind in ("sem_seg", "cityscapes_sem_seg"):
         return SemSegEvaluator(dataset_name, output_dir=output_folder)
+    if kind == "uavdt":
+        return UAVDTEvaluator(
+            dataset_name,
+            output_dir=output_folder,
+            voc_iou_threshold=cfg.TEST.UAVDT.VOC_IOU_THRESH,
+            toolkit_iou_threshold=cfg.TEST.UAVDT.TOOLKIT_IOU_THRESH,
+            eleven_point=cfg.TEST.UAVDT.ELEVEN_POINT,
+        )
+    source = (
+        "TEST.EVALUATOR is" if cfg.TEST.EVALUATOR else f"data set {dataset_name} has evaluator_type"
+    )
     raise ValueError(
-        f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis, pascal_voc, "
-        "sem_seg and cityscapes_sem_seg"
+        f"{source} {kind!r}; known are coco, lvis, pascal_voc, uavdt, sem_seg and cityscapes_sem_seg"
     )

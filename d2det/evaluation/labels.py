@@ -62,7 +62,7 @@ def write_labels(
 
 
 def label_size(text: str, longest: int, count: int) -> tuple[float, float]:
-    """Width and height in pixels of one of `count` labels on an image whose longer side is given."""
+    """Width and height in pixels of one of `count` labels on an image of this longest side."""
     font = font_of(_font_size(longest, count))
     pad = max(1, int(font.size) // 6)
     return font.getlength(text) + 2 * pad, sum(font.getmetrics())
