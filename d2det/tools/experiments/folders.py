@@ -16,6 +16,7 @@ from d2det.engine.configs import merge_overrides
 from d2det.engine.setup import get_cfg
 
 from .experiment import Experiment, Method, from_json, merge, to_json
+from .lock import is_taken
 
 OWN_KEYS = ("OUTPUT_DIR", "SEED")
 _OWN_OPTIONS = {"config_file": "", "eval_only": False, "resume": "no"}
@@ -36,7 +37,7 @@ class Run(NamedTuple):
 
 
 class State(NamedTuple):
-    """How far a run is: "done", "failed", "unfinished" or "missing".
+    """How far a run is: "done", "running", "failed", "unfinished" or "missing".
 
     Attributes:
         iteration: iterations done, as far as they were written down.
@@ -178,6 +179,8 @@ def state(folder: Path) -> State:
     if read_results(folder) is not None:
         return State("done")
     iteration, max_iter = last_iteration(folder), planned_iterations(folder)
+    if is_taken(folder):
+        return State("running", iteration, max_iter)
     failure = folder / "failure.json"
     if failure.is_file():
         message = str(json.loads(failure.read_text())["message"])

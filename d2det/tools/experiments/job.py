@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -15,14 +14,11 @@ from pathlib import Path
 
 import d2det
 
+from . import lock
 from .devices import Slot
 from .folders import Run, read_results, write_atomically
 
 _PATIENCE = 10.0  # seconds from SIGTERM to SIGKILL
-
-
-class Busy(RuntimeError):
-    """Another process is at this run."""
 
 
 def command_of(run: Run, train_args: Sequence[str]) -> list[str]:
@@ -41,7 +37,7 @@ class Job:
     with its data workers. It holds the lock on its folder even if this process is killed.
 
     Raises:
-        Busy: another process holds the folder.
+        lock.Busy: another process holds the folder.
     """
 
     def __init__(self, run: Run, slot: Slot, command: Sequence[str]) -> None:
@@ -49,7 +45,7 @@ class Job:
         self.slot = slot
         self.started = time.monotonic()
         run.folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(run.folder / ".lock")
+        handle = lock.take(run.folder)
         # The child imports the d2det that is imported here.
         package = str(Path(d2det.__file__).parents[1])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
@@ -63,10 +59,10 @@ class Job:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **slot.environment, "PYTHONPATH": path},
                     start_new_session=True,
-                    pass_fds=[lock],
+                    pass_fds=[handle],
                 )
         finally:
-            os.close(lock)  # the child has its own handle on it
+            os.close(handle)  # the child has its own handle on it
 
     @property
     def console(self) -> Path:
@@ -112,13 +108,3 @@ def last_line(console: Path) -> str:
         if line.strip():
             return line.strip()[:500]
     return ""
-
-
-def _lock(path: Path) -> int:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise Busy(f"another process is at {path.parent}") from error
-    return handle

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from .calls import Call, read_calls
 from .collect import (
@@ -77,8 +77,8 @@ def write_report(experiment: Experiment, output: Path, pictures: int = 6) -> lis
     for number, example in enumerate(report.examples):
         for place, (_, data) in enumerate(example.views):
             (folder / picture_name(number, place)).write_bytes(data)
-    write_atomically(output / HTML, _render("report.html.jinja", report, escape=True))
-    write_atomically(output / MARKDOWN, _render("report.md.jinja", report, escape=False))
+    write_atomically(output / HTML, _render("report.html.jinja", report, html=True))
+    write_atomically(output / MARKDOWN, _render("report.md.jinja", report, html=False))
     return [output / HTML, output / MARKDOWN]
 
 
@@ -139,7 +139,9 @@ def _status(states: dict[Run, State]) -> str:
     kinds = [found.kind for found in states.values()]
     text = f"{kinds.count('done')} of {len(kinds)} runs done"
     others = [
-        f"{n} {kind}" for kind in ("failed", "unfinished", "missing") if (n := kinds.count(kind))
+        f"{n} {kind}"
+        for kind in ("running", "failed", "unfinished", "missing")
+        if (n := kinds.count(kind))
     ]
     return text + (f" ({', '.join(others)})" if others else "")
 
@@ -193,15 +195,21 @@ def _short(config: str) -> str:
     return parts[-1] if parts else ""
 
 
-def _render(template: str, report: Report, *, escape: bool) -> str:
+def _render(template: str, report: Report, *, html: bool) -> str:
     folder = files(__package__) / "templates"
-    environment = Environment(autoescape=escape, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=html, trim_blocks=True, lstrip_blocks=True)
     environment.filters["markdown"] = markdown
     environment.filters["data_uri"] = _data_uri
+    environment.filters["breakable"] = _breakable
     environment.globals.update(files=FILES, picture_name=picture_name)
     style = (folder / "report.css").read_text(encoding="utf-8")
     text = (folder / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(report=report, style=Markup(style), Markup=Markup)
+
+
+def _breakable(text: str) -> Markup:
+    """Text that may be broken after an underscore, as configs' names have."""
+    return Markup("_<wbr>").join(escape(part) for part in text.split("_"))
 
 
 def _data_uri(jpeg: bytes) -> str:

@@ -11,7 +11,8 @@ from types import FrameType
 
 from .devices import Slot
 from .folders import Run, state
-from .job import Busy, Job, command_of
+from .job import Job, command_of
+from .lock import Busy
 from .progress import Display
 
 _POLL = 0.2  # seconds

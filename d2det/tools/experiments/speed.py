@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,18 @@ def read_speed(output: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what detectron2 tells of models and data, for each of them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@_quiet()
 def measure(
     experiment: Experiment, runs: Sequence[Run], output: Path, args: argparse.Namespace
 ) -> None:
@@ -202,7 +216,7 @@ def _measure_memory_on_cpu(
     try:
         with tqdm(total=wanted, desc="peak memory", unit="figure") as bar:
             for line in child.stdout:
-                if line.startswith("["):
+                if line.startswith('["'):  # detectron2's log begins its lines with "[date"
                     name, peak = json.loads(line)
                     recorder.cells.setdefault(name, {})["peak"] = peak
                     recorder.save()

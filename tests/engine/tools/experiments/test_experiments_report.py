@@ -17,7 +17,7 @@ pytest.importorskip("detectron2")
 
 from d2det.tools.experiments.__main__ import main
 
-VOID = {"meta", "img", "br", "link", "hr", "input"}
+VOID = {"meta", "wbr", "img", "br", "link", "hr", "input"}
 
 
 class Page(HTMLParser):

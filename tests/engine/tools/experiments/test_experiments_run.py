@@ -21,7 +21,8 @@ from d2det.tools.experiments.__main__ import main
 from d2det.tools.experiments.devices import find_slots
 from d2det.tools.experiments.experiment import from_configs, load_experiment, to_json
 from d2det.tools.experiments.folders import claim, recorded, runs_of, settings_of, state
-from d2det.tools.experiments.job import Busy, Job, last_line
+from d2det.tools.experiments.job import Job, last_line
+from d2det.tools.experiments.lock import Busy
 from d2det.tools.experiments.progress import Display, position
 
 # What stands for train_net.py: notes that it ran, and does as the name of its method says.
@@ -127,9 +128,11 @@ def test_a_run_that_another_process_is_at_is_left_alone(place, started, capsys):
             Job(run, find_slots()[0], ["true"])
         assert main(["run", "slow.yaml", "--output", "out", "--seeds", "1"]) == 1
         assert "another process is at out/slow/seed1" in capsys.readouterr().err
+        assert "0 of 1 runs done (1 running)" in Path("out/report.html").read_text()
     finally:
         job.end()
     Job(run, find_slots()[0], ["true"]).end()  # free again
+    assert state(run.folder).kind == "unfinished"
 
 
 def test_other_settings_are_refused(place, started, capsys):
