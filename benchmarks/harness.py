@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import memory
-import timing
 import torch
 from machine import heading
 from table import Row, table
@@ -27,6 +25,7 @@ from torch import Tensor
 
 import d2det
 from d2det.ops._library import implementation
+from d2det.tools.measuring import memory, timing
 
 FORWARD, BOTH = "forward", "forward + backward"
 

@@ -1,67 +1,17 @@
-"""What a figure was measured with: machine, versions, command, date."""
+"""The lines above a benchmark's table."""
 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import os
-import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-import torch
-import torchvision
-
-import d2det
-from d2det.ops._build_info import build_info
-from d2det.ops._library import extension
-
-ROOT = Path(__file__).resolve().parent.parent
-_PEERS = ("detectron2", "mmcv")
-
-
-def describe(device: str = "cpu") -> str:
-    """Processor or GPU, cores and threads, torch and torchvision."""
-    if device.startswith("cuda"):
-        where = torch.cuda.get_device_name()
-    else:
-        where = f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    return (
-        f"{where}; {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}"
-    )
+from d2det.tools.measuring.machine import describe, versions
 
 
 def heading(title: str, device: str) -> str:
-    """The lines above a table, in markdown: question, command, machine, versions, date."""
+    """In markdown: question, command, machine, versions, date."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     today = datetime.datetime.now(datetime.UTC).date()
-    peers = [f"{name} {version}" for name in _PEERS if (version := _version(name))]
-    kernels = build_info(extension.path).get("instruction set", "no compiled extension")
-    versions = ", ".join([f"d2det {d2det.__version__}{_commit()} ({kernels})", *peers])
-    return f"# {title}\n\n`{command}`\n\n{describe(device)}; {versions}. {today}."
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return f" at {answer.stdout.strip()}"
+    return f"# {title}\n\n`{command}`\n\n{describe(device)}; {versions()}. {today}."

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import timing
 from tabulate import tabulate
+
+from d2det.tools.measuring import timing
 
 
 @dataclass

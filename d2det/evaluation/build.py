@@ -77,5 +77,6 @@ def build_evaluator(
         "TEST.EVALUATOR is" if cfg.TEST.EVALUATOR else f"data set {dataset_name} has evaluator_type"
     )
     raise ValueError(
-        f"{source} {kind!r}; known are coco, lvis, pascal_voc, uavdt, sem_seg and cityscapes_sem_seg"
+        f"{source} {kind!r}; known are coco, lvis, pascal_voc, uavdt, sem_seg and "
+        "cityscapes_sem_seg"
     )

@@ -9,10 +9,11 @@ from typing import Any
 
 import harness
 import pytest
-import timing
 import torch
 from harness import BOTH, FORWARD, Case, Contestant
 from table import Row, table
+
+from d2det.tools.measuring import timing
 
 BENCHES = sorted(p.stem for p in Path(harness.__file__).parent.glob("bench_*.py"))
 

@@ -8,16 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import memory
 import pytest
 import torch
 
-BENCHMARKS = Path(memory.__file__).parent
+from d2det.tools.measuring import memory
+
+ROOT = Path(memory.__file__).parents[3]
 MIB = 1 << 20
 # Each takes 32 MiB at its peak; in MiB, what is left over.
 PROGRAM = """
 import ctypes, json
-import memory, torch
+import torch
+from d2det.tools.measuring import memory
 memory.prepare_process()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -63,7 +65,7 @@ def peaks() -> dict[str, int]:
         pytest.skip(reason)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        cwd=BENCHMARKS,
+        cwd=ROOT,
         env={**os.environ, **memory.ENVIRONMENT},
         capture_output=True,
         text=True,

@@ -1,0 +1,1 @@
+"""Measuring calls: times taken in turn, peak memory, and what they were measured with."""
