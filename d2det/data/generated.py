@@ -139,7 +139,7 @@ def _write_images(
 
 
 def _annotation(shape: Any, width: int, height: int) -> dict[str, Any]:
-    from .shapes import clip_polygon, clipped_box, polygon_area
+    from .shapes_polygons import clip_polygon, clipped_box, polygon_area
 
     polygon = clip_polygon(shape.polygon, width, height)
     x1, y1, x2, y2 = np.round(clipped_box(shape.polygon, width, height), 2).tolist()

@@ -9,14 +9,8 @@ pytest.importorskip("cv2")
 mask_util = pytest.importorskip("pycocotools.mask")
 
 from d2det.data import shapes_render  # noqa: E402
-from d2det.data.shapes import (  # noqa: E402
-    CLASSES,
-    RECIPES,
-    clip_polygon,
-    clipped_box,
-    polygon_area,
-    sample_scene,
-)
+from d2det.data.shapes import CLASSES, RECIPES, sample_scene  # noqa: E402
+from d2det.data.shapes_polygons import clip_polygon, clipped_box, polygon_area  # noqa: E402
 from d2det.data.shapes_warp import Warp, sample_warp, subdivide  # noqa: E402
 
 RECIPE = RECIPES["shapes_deformed"]
