@@ -1,4 +1,4 @@
-"""Geometry of the generated data set: outlines, where they lie, and how much of them is seen.
+"""Geometry of the generated data sets: outlines, where they lie, and how much of them is seen.
 
 Coordinates are continuous image pixels, x before y, as in COCO: pixel (0, 0) covers [0, 1] squared.
 A polygon is a float64 array (P, 2) without a repeated end point.
@@ -11,18 +11,45 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .shapes_polygons import pixels, polygon_area
+from .shapes_warp import Warp, sample_warp, subdivide
+
 CLASSES = ("ellipse", "pie", "triangle", "dart", "star5", "star6")
 """Three pairs of look-alikes: what tells the two apart is a bite, a notch, or a count of points."""
 
 REFERENCE_SIZE = 192  # the lengths below are pixels in images of about this side
-MIN_LENGTH, MAX_LENGTH = 26.0, 150.0  # sqrt(length * breadth) of the stretched shape
 LARGE_AREA = (10_500.0, 17_000.0)  # of the one large object that many images hold
 MAX_LARGE_LENGTH = 180.0
-LARGE_SHARE = 0.8  # images in which a large object is tried first
 MIN_BREADTH = 6.0
-MAX_OBJECTS = 7
-MIN_VISIBLE = 0.65  # of the part inside the image; an object covered further is not placed
 MIN_INSIDE = 0.55  # of the whole shape; the image border cuts the rest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one generated data set has otherwise than another; the defaults are "shapes"."""
+
+    lengths: tuple[float, float] = (26.0, 150.0)  # sqrt(length * breadth) of the stretched shape
+    large_share: float = 0.8  # of the images, in which a large object is tried first
+    max_objects: int = 7
+    min_visible: float = 0.65  # of the part inside; an object covered further is not placed
+    clutter: bool = True  # lines, specks, and shapes of no class
+    deformed: bool = False  # stretched further, at any angle, bent and rippled with their texture
+
+
+RECIPES = {
+    "shapes": Recipe(),
+    # Geometry is what is hard here: scales of 1:11, stretches of up to 4 along any axis of the
+    # shape (with the turn, that is any shear as well), bends; little occlusion and no clutter.
+    "shapes_deformed": Recipe(
+        lengths=(16.0, 176.0),
+        large_share=0.0,
+        max_objects=5,
+        min_visible=0.9,
+        clutter=False,
+        deformed=True,
+    ),
+}
+"""Recipes by the name of their data set."""
 
 
 @dataclass
@@ -32,6 +59,7 @@ class Shape:
     label: int
     polygon: np.ndarray  # (P, 2), the whole outline, also where it is covered or outside
     key: np.ndarray | None  # (Q, 2), the part without which the class cannot be told
+    warp: Warp | None = None  # what bent it, and is to bend its texture
 
 
 @dataclass
@@ -43,8 +71,8 @@ class Scene:
     objects: list[Shape]
 
 
-def sample_scene(rng: np.random.Generator, size: int) -> Scene:
-    """Draw an image size of about `size` and 2 to 7 objects that lie in it, back to front."""
+def sample_scene(rng: np.random.Generator, size: int, recipe: Recipe = RECIPES["shapes"]) -> Scene:
+    """Draw an image size of about `size` and 2 or more objects that lie in it, back to front."""
     width, height = (int(v) for v in rng.integers(size * 5 // 6, size * 7 // 6 + 1, 2))
     scale = size / REFERENCE_SIZE
     scene = Scene(width, height, [])
@@ -52,15 +80,18 @@ def sample_scene(rng: np.random.Generator, size: int) -> Scene:
     # Pixels of each object and of its key part, bool (height, width).
     whole: list[np.ndarray] = []
     keys: list[np.ndarray | None] = []
-    count = int(rng.integers(2, MAX_OBJECTS + 1))
-    large = rng.random() < LARGE_SHARE
+    count = int(rng.integers(2, recipe.max_objects + 1))
+    large = rng.random() < recipe.large_share
     for attempt in range(count * 6):
-        shape = _sample_shape(rng, width, height, scale, large and attempt < 4)
+        shape = _sample_shape(rng, recipe, width, height, scale, large and attempt < 4)
         mask = pixels(shape.polygon, width, height)
         key = None if shape.key is None else pixels(shape.key, width, height)
         if not _inside_enough(shape, mask, key):
             continue
-        if any(_hidden(index, i, mask, whole[i], keys[i]) for i in range(len(whole))):
+        if any(
+            _hidden(index, i, mask, whole[i], keys[i], recipe.min_visible)
+            for i in range(len(whole))
+        ):
             continue
         index[mask] = len(whole) + 1
         whole.append(mask)
@@ -85,82 +116,8 @@ def sample_distractor(rng: np.random.Generator, scene: Scene, scale: float) -> S
     return Shape(-1, _place(rng, outline, length, aspect)(outline) + centre, None)
 
 
-def pixels(polygon: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Pixels that a polygon covers, roughly those whose centre it holds; bool (height, width)."""
-    import cv2  # here, so that the names of the classes are known without it
-
-    canvas = np.zeros((height, width), np.uint8)
-    cv2.fillPoly(canvas, [np.round((polygon - 0.5) * 16).astype(np.int32)], 1, shift=4)
-    return canvas.astype(bool)
-
-
-def polygon_area(polygon: np.ndarray) -> float:
-    """Area in square pixels (shoelace formula)."""
-    x, y = polygon[:, 0], polygon[:, 1]
-    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
-
-
-def clip_polygon(polygon: np.ndarray, width: float, height: float) -> np.ndarray:
-    """Part of a polygon inside [0, width] x [0, height] (Sutherland and Hodgman), (P', 2).
-
-    Parts of a concave polygon that are cut off from each other stay joined along the border, by
-    edges without area: use `clipped_box` for the box, which such edges would enlarge.
-    """
-    for axis, bound, sign in ((0, 0.0, 1), (0, width, -1), (1, 0.0, 1), (1, height, -1)):
-        if len(polygon) == 0:
-            break
-        following = np.roll(polygon, -1, axis=0)
-        inside = sign * (polygon[:, axis] - bound) >= 0
-        kept = []
-        for here, there, is_in, next_in in zip(
-            polygon, following, inside, np.roll(inside, -1), strict=True
-        ):
-            if is_in:
-                kept.append(here)
-            if is_in != next_in:
-                cut = here + (there - here) * ((bound - here[axis]) / (there[axis] - here[axis]))
-                cut[axis] = bound
-                kept.append(cut)
-        polygon = np.array(kept).reshape(-1, 2)
-    return polygon
-
-
-def clipped_box(polygon: np.ndarray, width: float, height: float) -> np.ndarray:
-    """Tight box (x1, y1, x2, y2) of the part of a polygon inside [0, width] x [0, height].
-
-    Its sides touch either an edge, or a corner of the image that lies inside the polygon.
-    """
-    start, step = polygon, np.roll(polygon, -1, axis=0) - polygon
-    first, last = np.zeros(len(polygon)), np.ones(len(polygon))
-    for axis, bound in ((0, width), (1, height)):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            a = -start[:, axis] / step[:, axis]
-            b = (bound - start[:, axis]) / step[:, axis]
-        level = step[:, axis] == 0  # parallel to the border: inside all along, or nowhere
-        within = (start[:, axis] >= 0) & (start[:, axis] <= bound)
-        low = np.where(level, np.where(within, -np.inf, np.inf), np.minimum(a, b))
-        high = np.where(level, np.where(within, np.inf, -np.inf), np.maximum(a, b))
-        first, last = np.maximum(first, low), np.minimum(last, high)
-    seen = first <= last
-    ends = [start[seen] + step[seen] * t[seen, None] for t in (first, last)]
-    corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], np.float64)
-    points = np.concatenate([*ends, corners[[_covers(polygon, c) for c in corners]]])
-    if len(points) == 0:
-        return np.zeros(4)
-    points = np.clip(points, 0, (width, height))
-    return np.concatenate([points.min(0), points.max(0)])
-
-
-def _covers(polygon: np.ndarray, point: np.ndarray) -> bool:
-    """Whether a polygon holds a point: an odd number of edges cross the ray to its right."""
-    (x, y), (x1, y1), (x2, y2) = point, polygon.T, np.roll(polygon, -1, axis=0).T
-    straddles = (y1 > y) != (y2 > y)
-    rise = np.where(straddles, y2 - y1, 1.0)
-    return bool(np.count_nonzero(straddles & (x < x1 + (y - y1) / rise * (x2 - x1))) % 2)
-
-
 def _sample_shape(
-    rng: np.random.Generator, width: int, height: int, scale: float, large: bool
+    rng: np.random.Generator, recipe: Recipe, width: int, height: int, scale: float, large: bool
 ) -> Shape:
     label = int(rng.integers(len(CLASSES)))
     outline, key = _outline(rng, label)
@@ -169,22 +126,35 @@ def _sample_shape(
         length = min(np.sqrt(rng.uniform(*LARGE_AREA) / fill), MAX_LARGE_LENGTH)
         aspect = np.exp(rng.uniform(0.0, np.log(2.0)))
     else:
-        length = np.exp(rng.uniform(np.log(MIN_LENGTH), np.log(MAX_LENGTH)))
-        aspect = np.exp(rng.uniform(0.0, np.log(6.0 if rng.random() < 0.1 else 2.5)))
+        length = np.exp(rng.uniform(*np.log(recipe.lengths)))
+        if recipe.deformed:
+            aspect = np.exp(rng.uniform(0.0, np.log(4.0)))
+        else:
+            aspect = np.exp(rng.uniform(0.0, np.log(6.0 if rng.random() < 0.1 else 2.5)))
     # A thin shape of few pixels would be a line; a long one would leave the image on both sides.
     aspect = min(
         aspect, (length / MIN_BREADTH) ** 2, max(1.0, (1.1 * REFERENCE_SIZE / length) ** 2)
     )
-    transform = _place(rng, outline, length * scale, aspect)
+    transform = _place(rng, outline, length * scale, aspect, straight=not recipe.deformed)
+    warp = sample_warp(rng, transform(outline)) if recipe.deformed else None
+
+    def drawn(points: np.ndarray) -> np.ndarray:
+        return transform(points) if warp is None else warp(transform(subdivide(points)))
+
     centre = rng.uniform(0.02, 0.98, 2) * (width, height)
     if large:
         centre = (0.5 + (centre / (width, height) - 0.5) * 0.5) * (width, height)
-    polygon = np.round(transform(outline) + centre, 2)
-    return Shape(label, polygon, None if key is None else transform(key) + centre)
+    polygon = np.round(drawn(outline) + centre, 2)
+    moved = None if warp is None else warp.moved(centre)
+    return Shape(label, polygon, None if key is None else drawn(key) + centre, moved)
 
 
 def _place(
-    rng: np.random.Generator, outline: np.ndarray, length: float, aspect: float
+    rng: np.random.Generator,
+    outline: np.ndarray,
+    length: float,
+    aspect: float,
+    straight: bool = True,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A map that turns, stretches and turns again; the stretched frame is length x length in area.
 
@@ -196,8 +166,8 @@ def _place(
     low, high = turned.min(0), turned.max(0)
     # Equal extents before the stretch, so that the aspect ratio is the one asked for.
     frame = np.diag(length / (high - low))
-    # Every third one lies or stands nearly straight: only these have boxes as long as themselves.
-    spread = 0.12 if rng.random() < 0.35 else np.pi / 4
+    # Every third one may lie or stand nearly straight: only these have boxes as long as themselves.
+    spread = 0.12 if straight and rng.random() < 0.35 else np.pi / 4
     final = _rotation(rng.integers(4) * (np.pi / 2) + rng.uniform(-spread, spread))
     matrix = final @ stretch @ frame @ turn
     offset = matrix @ np.linalg.solve(turn, (low + high) / 2)
@@ -249,10 +219,15 @@ def _inside_enough(shape: Shape, mask: np.ndarray, key: np.ndarray | None) -> bo
 
 
 def _hidden(
-    index: np.ndarray, i: int, cover: np.ndarray, whole: np.ndarray, key: np.ndarray | None
+    index: np.ndarray,
+    i: int,
+    cover: np.ndarray,
+    whole: np.ndarray,
+    key: np.ndarray | None,
+    min_visible: float,
 ) -> bool:
     """Whether object i, or its key part, would be covered too far by one more mask on top."""
     left = np.count_nonzero((index == i + 1) & ~cover)
-    if left < MIN_VISIBLE * np.count_nonzero(whole):
+    if left < min_visible * np.count_nonzero(whole):
         return True
     return key is not None and bool(np.count_nonzero(key & cover) > 0.4 * np.count_nonzero(key))

@@ -1,16 +1,18 @@
-"""Pictures of the generated data set: textured, softly edged objects on a textured background."""
+"""Pictures of the generated data sets: textured, softly edged objects on a textured background."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
-from .shapes import REFERENCE_SIZE, Scene, Shape, sample_distractor
+from .shapes import RECIPES, REFERENCE_SIZE, Recipe, Scene, Shape, sample_distractor
 
 _SUPERSAMPLE = 4
 
 
-def render_scene(rng: np.random.Generator, scene: Scene, size: int) -> np.ndarray:
+def render_scene(
+    rng: np.random.Generator, scene: Scene, size: int, recipe: Recipe = RECIPES["shapes"]
+) -> np.ndarray:
     """Paint a scene.
 
     Colour, texture and blur are drawn without regard to class, so that only the outline tells it.
@@ -19,6 +21,7 @@ def render_scene(rng: np.random.Generator, scene: Scene, size: int) -> np.ndarra
         rng: source of everything that is drawn.
         scene: what to paint.
         size: nominal side of the data set's images; widths of lines and edges follow it.
+        recipe: whether there is clutter.
 
     Returns:
         uint8 array (height, width, 3).
@@ -27,12 +30,14 @@ def render_scene(rng: np.random.Generator, scene: Scene, size: int) -> np.ndarra
     scale = size / REFERENCE_SIZE
     canvas = rng.uniform(70, 185) + rng.uniform(-25, 25, 3).astype(np.float32)
     canvas = canvas + _coloured_texture(rng, height, width, rng.uniform(2, 9))
-    for _ in range(rng.integers(0, 4)):
-        _paint(rng, canvas, sample_distractor(rng, scene, scale), scale)
-    _clutter(rng, canvas, int(rng.integers(2, 8)), scale)
+    if recipe.clutter:
+        for _ in range(rng.integers(0, 4)):
+            _paint(rng, canvas, sample_distractor(rng, scene, scale), scale)
+        _clutter(rng, canvas, int(rng.integers(2, 8)), scale)
     for shape in scene.objects:
         _paint(rng, canvas, shape, scale)
-    _clutter(rng, canvas, int(rng.integers(0, 5)), scale)
+    if recipe.clutter:
+        _clutter(rng, canvas, int(rng.integers(0, 5)), scale)
     canvas *= _illumination(rng, height, width)[..., None]
     canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 0.7))
     noise = rng.standard_normal((height, width, 3), np.float32)
@@ -69,6 +74,21 @@ def _coloured_texture(
     tint = (1 + rng.uniform(-0.5, 0.5, 3)).astype(np.float32) * np.float32(amplitude)
     coarse, fine = texture(rng, height, width), _blobs(rng, height, width, 2.0)
     return (coarse + np.float32(0.35) * fine)[..., None] * tint
+
+
+def _warped_texture(
+    rng: np.random.Generator, shape: Shape, left: int, top: int, width: int, height: int
+) -> np.ndarray:
+    """Texture of a window that is bent as the shape is, (height, width, 3) float32."""
+    assert shape.warp is not None
+    x, y = np.meshgrid(np.arange(width) + left + 0.5, np.arange(height) + top + 0.5)
+    source = shape.warp.inverse(np.stack([x.ravel(), y.ravel()], 1))
+    straight = shape.warp.inverse(shape.polygon)
+    low = straight.min(0)
+    w, h = np.ceil(straight.max(0) - low).astype(int) + 1
+    texture = _coloured_texture(rng, h, w, rng.uniform(3, 14))
+    where = (source - low).astype(np.float32).reshape(height, width, 2)
+    return cv2.remap(texture, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
 def _illumination(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -114,7 +134,11 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, shape: Shape, scale: fl
         _shadow(rng, window, mask, min(1.0, length / 30) * scale)
     weight = mask / mask.sum()
     below = (window * weight[..., None]).sum((0, 1))
-    fill = _contrasting(rng, below) + _coloured_texture(rng, h, w, rng.uniform(1, 6))
+    fill = _contrasting(rng, below)
+    if shape.warp is None:
+        fill = fill + _coloured_texture(rng, h, w, rng.uniform(1, 6))
+    else:
+        fill = fill + _warped_texture(rng, shape, left, top, w, h)
     if rng.random() < 0.35:  # one side fades towards what lies behind it
         mask = mask * (1 - (1 - rng.uniform(0.35, 0.8)) * _ramp(rng, mask))
     window += (fill.astype(np.float32) - window) * mask[..., None]

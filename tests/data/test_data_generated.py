@@ -56,9 +56,18 @@ def test_version_stands_for_what_is_drawn():
     np.testing.assert_allclose(image.mean((0, 1)), [119.0, 141.0, 130.0], atol=0.5)
 
 
+def test_version_stands_for_the_deformed_ones_too():
+    image, annotations = generate_image(0, "train", 0, 192, "shapes_deformed")
+    assert generated.VERSION == 1
+    assert image.shape == (197, 220, 3)
+    assert [a["category_id"] for a in annotations] == [3, 3, 5]
+    np.testing.assert_allclose(annotations[0]["bbox"], [31.14, 0.0, 188.86, 112.7], atol=0.05)
+    np.testing.assert_allclose(image.mean((0, 1)), [181.6, 165.0, 172.3], atol=0.5)
+
+
 def test_every_setting_has_a_folder_of_its_own(tmp_path):
     first = write_dataset(tmp_path, "train", **SMALL)
-    for change in ({"num_images": 2}, {"size": 64}, {"seed": 4}):
+    for change in ({"num_images": 2}, {"size": 64}, {"seed": 4}, {"dataset": "shapes_deformed"}):
         assert write_dataset(tmp_path, "train", **{**SMALL, **change}) != first
     assert f"v{generated.VERSION}" in str(first)
 
@@ -73,10 +82,10 @@ def test_an_interrupted_run_leaves_nothing_and_starts_again(tmp_path, monkeypatc
     wanted = contents(write_dataset(tmp_path / "whole", "train", **SMALL))
     folder = generated.dataset_folder(tmp_path, "train", **SMALL)
 
-    def stop_at_third(seed, split, index, size):
+    def stop_at_third(seed, split, index, size, dataset):
         if index == 2:
             raise KeyboardInterrupt
-        return generate_image(seed, split, index, size)
+        return generate_image(seed, split, index, size, dataset)
 
     monkeypatch.setattr(generated, "generate_image", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
@@ -116,9 +125,10 @@ def test_two_processes_at_once_draw_once(tmp_path):
     assert all(found == SMALL["num_images"] for _, _, found in results)
 
 
-@pytest.fixture(scope="module")
-def json_file(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("shapes"), "val", num_images=12, size=96, seed=1)
+@pytest.fixture(scope="module", params=["shapes", "shapes_deformed"])
+def json_file(tmp_path_factory, request):
+    root = tmp_path_factory.mktemp("shapes")
+    return write_dataset(root, "val", num_images=12, size=96, seed=1, dataset=request.param)
 
 
 def test_json_agrees_with_the_images(json_file):
@@ -195,10 +205,13 @@ def test_registered_names_are_drawn_on_first_access(registered):
     assert all(set(r) >= {"file_name", "height", "width", "annotations"} for r in records)
     assert COCO(metadata.json_file).getCatIds() == list(metadata.thing_dataset_id_to_contiguous_id)
     assert len(DatasetCatalog.get("shapes_val")) == 2
+    assert len(DatasetCatalog.get("shapes_deformed_val")) == 2
+    assert "shapes_deformed" in MetadataCatalog.get("shapes_deformed_val").json_file
 
 
 def test_names_are_registered_by_the_import():
-    assert {"shapes_train", "shapes_val"} <= set(DatasetCatalog.list())
+    names = {"shapes_train", "shapes_val", "shapes_deformed_train", "shapes_deformed_val"}
+    assert names <= set(DatasetCatalog.list())
 
 
 def test_command_line(tmp_path, capsys):
@@ -206,6 +219,16 @@ def test_command_line(tmp_path, capsys):
     out = capsys.readouterr().out.strip()
     assert out.endswith("instances_val.json")
     assert len(json.loads(Path(out).read_text())["images"]) == 1
+    small = ["--num-images", "1", "--size", "64"]
+    main(["--dataset", "shapes_deformed", "--root", str(tmp_path), "--split", "val", *small])
+    other = capsys.readouterr().out.strip()
+    assert other != out
+    assert "shapes_deformed" in json.loads(Path(other).read_text())["info"]["description"]
+
+
+def test_an_unknown_data_set(tmp_path):
+    with pytest.raises(ValueError, match="'stars'; choose one of .*shapes_deformed"):
+        write_dataset(tmp_path, "train", **SMALL, dataset="stars")
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,8 @@ import pytest
 pytest.importorskip("cv2")
 mask_util = pytest.importorskip("pycocotools.mask")
 
-from d2det.data.shapes import (  # noqa: E402
-    CLASSES,
-    clip_polygon,
-    clipped_box,
-    polygon_area,
-    sample_scene,
-)
+from d2det.data.shapes import CLASSES, sample_scene  # noqa: E402
+from d2det.data.shapes_polygons import clip_polygon, clipped_box, polygon_area  # noqa: E402
 
 SIZE = 192
 
