@@ -23,9 +23,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d2det.core import DeformablePooling
+from d2det.core import DeformablePooling, split_offsets
 from d2det.engine.predictor import Predictor
-from d2det.modeling.deform_conv import split_offsets
 from d2det.modeling.resnet_blocks import DeformBasicBlock, DeformBottleneckBlock
 
 
