@@ -19,7 +19,7 @@ LEAVES = sorted(
     for p in CONFIGS.rglob("*.yaml")
     # test_dcnv2.py has those of DCNv2, test_masks.py those with masks.
     if not p.name.startswith("Base-")
-    and p.parent.name not in ("DCNv2", "COCO-InstanceSegmentation")
+    and p.parent.name not in ("DCNv2", "COCO-InstanceSegmentation", "iSAID", "LVIS")
     and "mask" not in p.name
 )
 RPN = {"loss_rpn_cls", "loss_rpn_loc"}
