@@ -20,7 +20,7 @@ LEAVES = sorted(
     # test_dcnv2.py has those of DCNv2, test_masks.py those with masks, test_voc_and_segmentation.py
     # those of Segmentation.
     if not p.name.startswith("Base-")
-    and p.parent.name not in ("DCNv2", "COCO-InstanceSegmentation", "Segmentation")
+    and p.parent.name not in ("DCNv2", "COCO-InstanceSegmentation", "iSAID", "LVIS", "Segmentation")
     and "mask" not in p.name
 )
 RPN = {"loss_rpn_cls", "loss_rpn_loc"}
