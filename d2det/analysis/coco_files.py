@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -61,6 +62,10 @@ def read_ground_truth(path: str | PathLike[str], iou_type: str = "bbox") -> Coco
         raise ValueError(
             f"{path} is no ground truth in COCO's format: it lacks images or categories"
         )
+    for kind in ("images", "categories"):
+        for entry in content[kind]:
+            if not isinstance(entry, dict) or "id" not in entry:
+                raise ValueError(f"{path}: an entry of {kind!r} has no id: {str(entry)[:60]}")
     images = sorted(content["images"], key=lambda image: image["id"])
     categories = sorted(content["categories"], key=lambda category: category["id"])
     place = {image["id"]: i for i, image in enumerate(images)}
@@ -94,7 +99,7 @@ def read_ground_truth(path: str | PathLike[str], iou_type: str = "bbox") -> Coco
         truth,
         list(place),
         list(label),
-        [str(category["name"]) for category in categories],
+        [str(category.get("name", category["id"])) for category in categories],
         _supercategories(categories),
         sizes,
         any(annotation.get("id") == 0 for annotation in annotations),
@@ -176,8 +181,12 @@ def _check(
 
 
 def _check_box(entry: dict[str, Any], where: str) -> None:
-    box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not np.isfinite(box).all():
+    box: Any = entry.get("bbox")
+    try:
+        fit = len(box) == 4 and all(map(math.isfinite, box))
+    except TypeError:
+        fit = False
+    if not fit:
         raise ValueError(f"{where} has the 'bbox' {box!r}; expected [x, y, width, height]")
 
 

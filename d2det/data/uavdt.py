@@ -72,7 +72,7 @@ def convert(
     """
     if options.ignore_regions not in IGNORE_MODES:
         raise ValueError(f"ignore_regions must be one of {IGNORE_MODES}")
-    raw, warnings = find_sequences(folders)
+    raw, warnings = find_sequences(folders, skip=output / "images")
     for warning in warnings:
         warn(warning)
     clips = [

@@ -43,7 +43,7 @@ _ANNOTATION = re.compile(r"(M\d{4})_gt_(whole|ignore)\.txt")
 _ATTRIBUTE = re.compile(r"(M\d{4})\s*_attr\.txt")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are 800,000 of them
 class Box:
     """A line of an annotation file: `box` is left, top, width, height in pixels."""
 
@@ -88,8 +88,14 @@ class RawSequence:
         return split == "test"
 
 
-def find_sequences(folders: Iterable[Path]) -> tuple[dict[str, RawSequence], list[str]]:
+def find_sequences(
+    folders: Iterable[Path], skip: Path | None = None
+) -> tuple[dict[str, RawSequence], list[str]]:
     """Find images, annotations and attributes of all sequences below some folders.
+
+    Args:
+        folders: where to look.
+        skip: a folder that is passed over: converted images are no raw ones.
 
     Returns:
         Sequences in the order of their names, and warnings.
@@ -104,7 +110,7 @@ def find_sequences(folders: Iterable[Path]) -> tuple[dict[str, RawSequence], lis
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder")
-        _scan(folder, _DEPTH, found, warnings)
+        _scan(folder, _DEPTH, skip and skip.resolve(), found, warnings)
     if not any(sequence.folder for sequence in found.values()):
         raise FileNotFoundError(
             f"no sequences of UAVDT (folders M0101, M0201, ... with images) below "
@@ -113,7 +119,15 @@ def find_sequences(folders: Iterable[Path]) -> tuple[dict[str, RawSequence], lis
     return dict(sorted(found.items())), warnings
 
 
-def _scan(folder: Path, depth: int, found: dict[str, RawSequence], warnings: list[str]) -> None:
+def _scan(
+    folder: Path,
+    depth: int,
+    skip: Path | None,
+    found: dict[str, RawSequence],
+    warnings: list[str],
+) -> None:
+    if folder.resolve() == skip:
+        return
     inner = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
@@ -127,7 +141,7 @@ def _scan(folder: Path, depth: int, found: dict[str, RawSequence], warnings: lis
         if _SEQUENCE.fullmatch(path.name):
             _scan_sequence(path, found, warnings)
         elif depth > 1:
-            _scan(path, depth - 1, found, warnings)
+            _scan(path, depth - 1, skip, found, warnings)
 
 
 def _scan_sequence(folder: Path, found: dict[str, RawSequence], warnings: list[str]) -> None:
@@ -145,7 +159,7 @@ def _scan_sequence(folder: Path, found: dict[str, RawSequence], warnings: list[s
                 raise ValueError(f"{images}: frame {int(match[1])} is there twice, as {entry.name}")
             frames[int(match[1])] = Path(entry.path)
     sequence = found.setdefault(folder.name, RawSequence(folder.name))
-    if sequence.frames and frames:
+    if sequence.frames and frames and not images.samefile(sequence.folder or images):
         raise ValueError(
             f"the images of {folder.name} are in two places, {sequence.folder} and {images}: "
             "remove one"

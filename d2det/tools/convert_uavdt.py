@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "frames")  # fmt: skip
     add("--allow-missing-frames", action="store_true",
         help="leave out boxes whose image is missing, instead of an error")  # fmt: skip
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="images that are written at a time; %(default)s")  # fmt: skip
     return parser.parse_args(argv)
 

@@ -271,6 +271,13 @@ def test_settings_are_named_in_order():
             lambda c, f: f[1].update(bbox=[1, 2, 3]),
             r"detection number 2 has the 'bbox' \[1, 2, 3\]",
         ),
+        (lambda c, f: f[1].update(bbox=[1, 2, "3", 4]), "detection number 2 has the 'bbox'"),
+        (
+            lambda c, f: f[1].update(bbox=[1, 2, float("nan"), 4]),
+            "detection number 2 has the 'bbox'",
+        ),
+        (lambda c, f: f[1].pop("bbox"), "detection number 2 has the 'bbox' None"),
+        (lambda c, f: c["images"].append({"file_name": "x"}), "an entry of 'images' has no id"),
         (lambda c, f: f[1].pop("score"), "detection number 2 has the score None"),
         (
             lambda c, f: c["annotations"][0].update(id=7, category_id=1),

@@ -153,6 +153,20 @@ def test_an_interrupted_conversion_goes_on(run, raw_uavdt, tmp_path):
         run()
 
 
+@pytest.mark.parametrize("output", ["raw/out", "raw"])
+def test_output_within_the_raw_folder(run, raw_uavdt, output):
+    expected, _ = run()
+    for _ in range(2):  # the second time, the converted images are there too
+        found, _ = run(raw_uavdt, raw_uavdt / "UAV-benchmark-M", output=output)
+        assert found == expected
+
+
+def test_images_in_two_places(run, raw_uavdt, write_raw_uavdt):
+    write_raw_uavdt(raw_uavdt / "again", "nested")
+    with pytest.raises(ValueError, match="the images of M0101 are in two places"):
+        run()
+
+
 def test_images_on_another_disk_are_linked_by_name(run, raw_uavdt, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("another disk")
