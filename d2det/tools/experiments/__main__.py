@@ -21,7 +21,7 @@ from .experiment import Experiment, from_configs, is_experiment, load_experiment
 from .folders import claim, discover, recorded, runs_of
 from .progress import Display
 from .report import write_report
-from .runner import Stopped, run_all
+from .runner import Stopped, run_all, signals_raise
 from .tables import markdown, results_table
 
 
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Stopped as stopped:
         print(
-            f"\nStopped by {stopped}; all processes have ended. The same command goes on from the "
-            "last checkpoints.",
+            f"\nStopped by {stopped}; all processes have ended. The same command goes on from "
+            "there.",
             file=sys.stderr,
         )
         return 128 + stopped.number
@@ -133,7 +133,8 @@ def _measure(experiment: Experiment, output: Path, args: Namespace) -> None:
         raise ValueError(f"--precisions {' '.join(unfit)}: {args.device} has {', '.join(known)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    measure(experiment, runs_of(experiment, output), output, args)
+    with signals_raise():
+        measure(experiment, runs_of(experiment, output), output, args)
 
 
 def _say_results(experiment: Experiment, output: Path, written: Sequence[Path]) -> None:

@@ -179,12 +179,12 @@ def state(folder: Path) -> State:
     if read_results(folder) is not None:
         return State("done")
     iteration, max_iter = last_iteration(folder), planned_iterations(folder)
-    if is_taken(folder):
-        return State("running", iteration, max_iter)
     failure = folder / "failure.json"
     if failure.is_file():
         message = str(json.loads(failure.read_text())["message"])
         return State("failed", iteration, max_iter, message)
+    if is_taken(folder):
+        return State("running", iteration, max_iter)
     started = (folder / "console.txt").is_file() or (folder / "metrics.json").is_file()
     return State("unfinished" if started else "missing", iteration, max_iter)
 

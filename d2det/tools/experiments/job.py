@@ -73,6 +73,7 @@ class Job:
         status = self._process.poll()
         if status is None:
             return None
+        self._signal(signal.SIGKILL)  # data workers that a crash has left
         if read_results(self.run.folder) is not None:
             return True
         message = last_line(self.console) or "no output"

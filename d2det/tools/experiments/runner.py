@@ -42,9 +42,11 @@ def run_all(
     free, active = deque(slots), list[Job]()
     problems: dict[Run, str] = {}
     display.start(len(runs), len(runs) - len(waiting))
-    with _signals_raise():
+    with _signals_noted() as noted:
         try:
             while waiting or active:
+                if noted:
+                    raise Stopped(noted[0])
                 while waiting and free:
                     run = waiting.popleft()
                     try:
@@ -76,7 +78,21 @@ def run_all(
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
+def _signals_noted() -> Iterator[list[int]]:
+    """The signals that came: an exception between a process's start and its note would lose it."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+
+    with _handlers(note):
+        yield noted
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Within, SIGINT, SIGTERM and SIGHUP raise `Stopped`."""
+
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 

@@ -31,6 +31,8 @@ import json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
 print("\\nseed", sys.argv[2], "on", os.environ.get("CUDA_VISIBLE_DEVICES", "the CPU"), flush=True)
 if folder.parent.name == "bad":
+    if os.fork() == 0:  # a data worker that outlives the crash
+        time.sleep(600)
     print("10%\\r20%\\rValueError: no such thing\\n")
     sys.exit(3)
 if folder.parent.name == "slow":
@@ -72,6 +74,7 @@ def test_runs_what_is_not_done_and_goes_on_after_failures(place, started, capsys
     assert "error: bad, seed 2: ValueError: no such thing (all of it: out/bad/seed2/" in error
     assert json.loads(Path("out/bad/seed1/failure.json").read_text())["returncode"] == 3
     assert "ValueError: no such thing" in Path("out/report.html").read_text()
+    assert not processes_with(str(Path("out/bad/seed1")))
     assert main(line) == 1
     assert started[4:] == [("bad", 1), ("bad", 2)]  # once more; what is done is left alone
     assert "4 runs, 2 of them done already" in capsys.readouterr().err
