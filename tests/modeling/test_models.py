@@ -17,8 +17,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(
     str(p.relative_to(CONFIGS))
     for p in CONFIGS.rglob("*.yaml")
-    # test_dcnv2.py has those of DCNv2, test_masks.py those with masks, test_voc_and_segmentation.py
-    # those of Segmentation.
+    # test_dcnv2.py has those of DCNv2, test_mask_training.py those with masks,
+    # test_voc_and_segmentation.py those of Segmentation.
     if not p.name.startswith("Base-")
     and p.parent.name not in ("DCNv2", "COCO-InstanceSegmentation", "iSAID", "LVIS", "Segmentation")
     and "mask" not in p.name
