@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from d2det.analysis.voc import voc_average_precision
 from .coco import CocoEvaluator
 
 TEXT_FOLDER = "uavdt_toolkit"
+_LACKS_FRAMES = (
+    "lacks the sequences and frames of its images, which UAVDT's evaluation needs; "
+    "python -m d2det.tools.convert_uavdt writes them"
+)
 
 
 class UAVDTEvaluator(CocoEvaluator):
@@ -50,12 +55,8 @@ class UAVDTEvaluator(CocoEvaluator):
         eleven_point: bool = False,
     ) -> None:
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir)
-        images = self._coco_api.dataset["images"]
-        if any("sequence" not in image or "frame" not in image for image in images):
-            raise ValueError(
-                f"{self._metadata.json_file} lacks the sequences and frames of its images, which "
-                "UAVDT's evaluation needs; python -m d2det.tools.convert_uavdt writes them"
-            )
+        if not _has_frames(self._coco_api.dataset):
+            raise ValueError(f"{self._metadata.json_file} {_LACKS_FRAMES}")
         self._voc_iou = voc_iou_threshold
         self._toolkit_iou = toolkit_iou_threshold
         self._eleven_point = eleven_point
@@ -158,6 +159,43 @@ def write_text_results(
         os.replace(partial, path)
         written.append(path)
     return written
+
+
+def read_results(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read detections in COCO's result format.
+
+    Args:
+        path: a JSON.
+        content: of the ground truth that they belong to.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is something else, or belongs to other ground truth.
+    """
+    if not _has_frames(content):
+        raise ValueError(f"the ground truth {_LACKS_FRAMES}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    known = {image["id"] for image in content["images"]}, {c["id"] for c in content["categories"]}
+    for number, entry in enumerate(found if isinstance(found, list) else [None], start=1):
+        if not isinstance(entry, dict) or not {"image_id", "category_id", "bbox", "score"} <= set(
+            entry
+        ):
+            raise ValueError(f"{path} is no list of detections in COCO's result format")
+        if entry["image_id"] not in known[0] or entry["category_id"] not in known[1]:
+            raise ValueError(
+                f"{path}: detection number {number} has the image id {entry['image_id']} and the "
+                f"category id {entry['category_id']}; the ground truth lacks one of them"
+            )
+    return found
+
+
+def _has_frames(content: dict[str, Any]) -> bool:
+    return all("sequence" in image and "frame" in image for image in content["images"])
 
 
 def _arrays(

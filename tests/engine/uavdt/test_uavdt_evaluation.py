@@ -21,6 +21,7 @@ from d2det.data.uavdt import Options, convert
 from d2det.engine.setup import get_cfg
 from d2det.evaluation import UAVDTEvaluator, build_evaluator
 from d2det.evaluation.uavdt import uavdt_results, write_text_results
+from d2det.tools import evaluate_uavdt
 
 NIGHT, DAY = {"M0203"}, {"M0209"}
 
@@ -226,6 +227,32 @@ def test_the_evaluator(converted, registered, tmp_path):
     folder = Path(cfg.OUTPUT_DIR) / "inference" / registered
     assert (folder / "uavdt_toolkit" / "M0203.txt").is_file()
     assert (folder / "coco_instances_results.json").is_file()
+
+
+def test_result_files_at_any_threshold(converted, tmp_path, capsys):
+    folder, content = converted
+    found = detections(content, 2)
+    results = tmp_path / "found.json"
+    results.write_text(json.dumps(found))
+    line = ["--gt", str(folder / "annotations/instances_test.json"), "--results", str(results)]
+    evaluate_uavdt.main([*line, "--iou", "0.5", "0.7", "--text", str(tmp_path / "text")])
+    rows = [[c.strip() for c in r.split("|")] for r in capsys.readouterr().out.splitlines()]
+    assert rows[0][2:6] == ["VOC AP50", "toolkit AP50", "VOC AP70", "toolkit AP70"]
+    assert [row[1] for row in rows[2:5]] == ["all", "day", "night"]
+    expected = uavdt_results(content, found)
+    assert rows[3][4] == f"{expected['uavdt_voc']['AP70 day']:.2f}"
+    assert rows[3][5] == f"{expected['uavdt_toolkit']['AP70 day']:.2f}"
+    assert (tmp_path / "text/M0203.txt").is_file()
+    for change, message in (
+        ({"image_id": 99}, "number 1 has the image id 99"),
+        (None, "no list of"),
+    ):
+        results.write_text(json.dumps([found[0] | change] if change else {"found": found}))
+        with pytest.raises(SystemExit, match=message):
+            evaluate_uavdt.main(line)
+    results.unlink()
+    with pytest.raises(SystemExit, match="found.json is not there"):
+        evaluate_uavdt.main(line)
 
 
 def test_other_data_sets_are_refused(coco_data, tmp_path):
