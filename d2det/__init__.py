@@ -1,7 +1,8 @@
 """D2Det and deformable convolution for detectron2.
 
 `import d2det` registers the detector with detectron2 where detectron2 is installed. Without it, the
-operators (`d2det.ops`) and the method itself (`d2det.core`) are still usable.
+operators (`d2det.ops`), the method itself (`d2det.core`) and the detector in torchvision's R-CNN
+(`d2det.torchvision`) are still usable.
 """
 
 from __future__ import annotations
