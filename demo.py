@@ -23,6 +23,7 @@ import d2det  # noqa: F401  registers the detector
 from d2det.engine.configs import merge_overrides
 from d2det.engine.predictor import Predictor, load_config, load_image
 from d2det.evaluation.drawing import enlarge, write_image
+from d2det.evaluation.masks import encode_masks
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
@@ -148,6 +149,7 @@ class Results:
         height, width = image.shape[:2]
         entry = {"id": image_id, "file_name": file_name, "width": width, "height": height, **extra}
         self.images.append(entry)
+        masks = encode_masks(found.pred_masks) if found.has("pred_masks") else None
         found = found.to("cpu")
         boxes = BoxMode.convert(found.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
         for i, box in enumerate(boxes.tolist()):
@@ -162,10 +164,11 @@ class Results:
                 "iscrowd": 0,
                 "score": round(float(found.scores[i]), 5),
             }
-            if found.has("pred_masks"):
-                rle = mask_util.encode(np.asfortranarray(found.pred_masks[i].numpy(), np.uint8))
-                annotation["segmentation"] = {**rle, "counts": rle["counts"].decode("ascii")}
-                annotation["area"] = int(mask_util.area(rle))
+            if masks is not None:
+                annotation["segmentation"] = masks[i]
+                annotation["area"] = int(mask_util.area(masks[i]))
+            if found.has("mask_scores"):
+                annotation["mask_score"] = round(float(found.mask_scores[i]), 5)
             self.annotations.append(annotation)
 
     def write(self) -> Path:

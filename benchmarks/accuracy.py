@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 from machine import describe
@@ -81,15 +82,21 @@ def run(config: str, seed: int, args: argparse.Namespace) -> Path:
 
 
 def collect(configs: list[str], seeds: list[int], output: Path) -> str:
-    """A row for each config, of the runs that are finished: mean and (lowest to highest)."""
-    rows = []
+    """A row for each config and task, of the runs that are finished: mean (lowest to highest)."""
+    tables = []
     for config in configs:
         files = [output / Path(config).stem / f"seed{s}" / "results.json" for s in seeds]
-        # Of each run the boxes of its one test set.
-        runs = [
-            next(iter(json.loads(f.read_text()).values()))["bbox"] for f in files if f.is_file()
-        ]
-        row = [Path(config).stem, len(runs)]
+        # Of each run its one test set.
+        tables.append(
+            [next(iter(json.loads(f.read_text()).values())) for f in files if f.is_file()]
+        )
+    tasks = dict.fromkeys(task for runs in tables for results in runs for task in results)
+    rows = []
+    for task, (config, found) in product(tasks or ["bbox"], zip(configs, tables, strict=True)):
+        runs = [results[task] for results in found if task in results]
+        if not runs and task != "bbox":
+            continue
+        row = [Path(config).stem, task, len(runs)]
         for metric in METRICS:
             values = [r[metric] for r in runs if r.get(metric) is not None]
             row.append(
@@ -98,7 +105,9 @@ def collect(configs: list[str], seeds: list[int], output: Path) -> str:
                 else "-"
             )
         rows.append(row)
-    return tabulate(rows, ["method", "seeds", *METRICS], tablefmt="github", stralign="right")
+    return tabulate(
+        rows, ["method", "task", "seeds", *METRICS], tablefmt="github", stralign="right"
+    )
 
 
 def main() -> None:

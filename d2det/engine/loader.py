@@ -115,10 +115,11 @@ def build_train_loader(
     negative one: a random seed, logged), and INPUT by `TrainMapper`.
 
     Raises:
-        ValueError: the batch size does not fit the number of processes, the sampler is unknown, or
-            no image is left to train on.
+        ValueError: the batch size does not fit the number of processes, the sampler is unknown, the
+            scales are unfit, or no image is left to train on.
         TypeError: the data set can only be iterated over.
     """
+    _check_scales(cfg)
     records = _training_records(cfg)
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH <= 0 or cfg.SOLVER.IMS_PER_BATCH % world_size:
@@ -143,6 +144,23 @@ def build_train_loader(
     dataset = DatasetFromList(records, copy=False) if isinstance(records, list) else records
     mapper = TrainMapper(cfg, is_train=True) if mapper is None else mapper
     return TrainLoader(SeededDataset(dataset, mapper), stream, cfg.DATALOADER.NUM_WORKERS)
+
+
+def _check_scales(cfg: CfgNode) -> None:
+    """What detectron2 would refuse without the name of the key, or in the middle of training."""
+    given, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    sizes = (given, given) if isinstance(given, int) else tuple(given)
+    if sampling not in ("choice", "range"):
+        raise ValueError(
+            f"INPUT.MIN_SIZE_TRAIN_SAMPLING {sampling!r} is not one of 'choice', 'range'"
+        )
+    if not sizes:
+        raise ValueError("INPUT.MIN_SIZE_TRAIN is empty; (0,) leaves images as they are")
+    if sampling == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        raise ValueError(
+            f"INPUT.MIN_SIZE_TRAIN {sizes}: MIN_SIZE_TRAIN_SAMPLING 'range' needs two sizes, the "
+            "smallest and the largest"
+        )
 
 
 def _training_records(cfg: CfgNode) -> list[dict] | Dataset:

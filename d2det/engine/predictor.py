@@ -19,7 +19,7 @@ from torch import nn
 
 from d2det.evaluation.classes import fill_up, load_class_names, names_from_datasets
 from d2det.evaluation.coco import in_float32
-from d2det.evaluation.drawing import draw_objects
+from d2det.evaluation.drawing import draw_objects, score_label
 
 from .setup import get_cfg
 from .trained import find_weights, load_trained
@@ -116,7 +116,7 @@ class Predictor:
         return outputs[0] if single else outputs
 
     def draw(self, image: np.ndarray, instances: Instances, scale: int = 1) -> np.ndarray:
-        """Draw detections on a copy of an image.
+        """Draw detections on a copy of an image, labelled with class and class score | mask score.
 
         Args:
             image: (H, W, 3) uint8, BGR.
@@ -125,15 +125,19 @@ class Predictor:
         """
         instances = instances.to("cpu")
         classes = instances.pred_classes.tolist()
+        scores = instances.scores.tolist()
+        ranks = (
+            instances.mask_scores.tolist() if instances.has("mask_scores") else [None] * len(scores)
+        )
         labels = [
-            f"{self.class_names[index]} {score:.2f}"
-            for index, score in zip(classes, instances.scores.tolist(), strict=True)
+            score_label(self.class_names[index], score, rank)
+            for index, score, rank in zip(classes, scores, ranks, strict=True)
         ]
         masks = None
         if instances.has("pred_masks"):
             masks = [
-                np.kron(mask, np.ones((scale, scale), np.uint8))
-                for mask in instances.pred_masks.numpy().astype(np.uint8)
+                mask if scale == 1 else mask.repeat(scale, axis=0).repeat(scale, axis=1)
+                for mask in instances.pred_masks.numpy()
             ]
         boxes = instances.pred_boxes.tensor.numpy() * scale
         return draw_objects(image, boxes, classes, labels, masks)

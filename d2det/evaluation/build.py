@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 
-def inference_folder(cfg: CfgNode, dataset_name: str) -> str:
-    """Where the predictions on a data set are written."""
-    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+def inference_folder(cfg: CfgNode, dataset_name: str, *, augmented: bool = False) -> str:
+    """Where the predictions on a data set are written; with test-time augmentation, elsewhere."""
+    folder = "inference_TTA" if augmented else "inference"
+    return os.path.join(cfg.OUTPUT_DIR, folder, dataset_name)
 
 
 def build_evaluator(

@@ -10,6 +10,8 @@ from typing import Any
 
 import matplotlib
 
+from .results import CLASS_SCORE_TASK, MASK_GAIN_TASK
+
 _METRICS = ("AP", "AP50", "AP75", "AP90")
 
 
@@ -40,7 +42,7 @@ def write_curves(output_dir: str | Path) -> Path | None:
         return None
     entries = read_metrics(source)
     losses = _series(entries, lambda key: key == "total_loss" or "loss_" in key)
-    metrics = _series(entries, lambda key: key.rpartition("/")[2] in _METRICS)
+    metrics = _series(entries, _is_plotted)
     panels = [panel for panel in ((losses, "loss"), (metrics, "AP in percent")) if panel[0]]
     if not panels:
         return None
@@ -72,6 +74,15 @@ def write_curves(output_dir: str | Path) -> Path | None:
         target = Path(output_dir) / "curves.png"
         figure.savefig(target, dpi=110)
     return target
+
+
+def _is_plotted(key: str) -> bool:
+    """AP, AP50, ... of a task; of masks by class score AP alone, of their difference nothing."""
+    rest, _, metric = key.rpartition("/")
+    task = rest.rpartition("/")[2]
+    if task == CLASS_SCORE_TASK:
+        return metric == "AP"
+    return metric in _METRICS and task != MASK_GAIN_TASK
 
 
 def _series(

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .labels import font_of, write_labels
 
 _MASK_OPACITY = 0.4
 _GOLDEN_RATIO = 0.618034  # steps of this share of the colour circle never come close to each other
@@ -47,14 +48,15 @@ def draw_objects(
 ) -> np.ndarray:
     """Draw boxes with labels, and masks, on a copy of an image.
 
-    Small objects are drawn over large ones, and labels are kept inside the image.
+    Small objects are drawn over large ones. Labels are kept inside the image and, where there is
+    room, apart from each other.
 
     Args:
         image: (H, W, 3) uint8, BGR.
         boxes: (N, 4) as x1, y1, x2, y2 in pixels.
         classes: N class indices, for the colours.
         labels: N texts, in any alphabet that DejaVu Sans has; "" for none.
-        masks: N arrays (H, W), nonzero inside.
+        masks: N arrays (H, W), nonzero inside; an empty one is left out.
 
     Returns:
         (H, W, 3) uint8, BGR.
@@ -64,23 +66,24 @@ def draw_objects(
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     order = [int(i) for i in np.argsort(-areas, kind="stable")]
     longest = max(canvas.shape[:2])
-    thickness = max(1, round(longest / 320))
+    thickness = max(1, round(longest / (320 if len(boxes) <= 40 else 640)))
     if masks is not None:
         for i in order:
-            _blend(canvas, np.asarray(masks[i]) > 0, class_color(int(classes[i])), thickness)
+            mask = (np.asarray(masks[i]) > 0).view(np.uint8)
+            _blend(canvas, mask, class_color(int(classes[i])), thickness)
     for i in order:
         x1, y1, x2, y2 = (round(float(value)) for value in boxes[i])
         color = class_color(int(classes[i]))
         cv2.rectangle(canvas, (x1, y1), (x2, y2), color, thickness)
     if not any(labels):
         return canvas
-    picture = Image.fromarray(cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB))
-    pen = ImageDraw.Draw(picture)
-    font = _font(_font_size(longest, len(boxes)))
-    for i in order:
-        if labels[i]:
-            _write_label(pen, font, labels[i], boxes[i], class_color(int(classes[i])), thickness)
-    return cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR)
+    colors = [class_color(int(classes[i])) for i in order]
+    return write_labels(canvas, boxes[order], [labels[i] for i in order], colors, thickness)
+
+
+def score_label(name: str, score: float, mask_score: float | None = None) -> str:
+    """A detection's label: its class and class score, and its mask's score where there is one."""
+    return f"{name} {score:.2f}" + ("" if mask_score is None else f" | {mask_score:.2f}")
 
 
 def caption(image: np.ndarray, text: str) -> np.ndarray:
@@ -88,7 +91,7 @@ def caption(image: np.ndarray, text: str) -> np.ndarray:
     width = image.shape[1]
     size = max(13, min(24, width // 34))
     strip = Image.new("RGB", (width, 2 * size), "white")
-    font = _font(size)
+    font = font_of(size)
     pen = ImageDraw.Draw(strip)
     while len(text) > 1 and pen.textlength(text, font=font) > width - size:
         text = text[:-2].rstrip() + "…"
@@ -137,40 +140,12 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 def _blend(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], line: int) -> None:
-    inside = canvas[mask].astype(np.float32)
+    x, y, width, height = cv2.boundingRect(mask)
+    if width == 0:
+        return
+    part, crop = canvas[y : y + height, x : x + width], mask[y : y + height, x : x + width]
+    inside = part[crop > 0].astype(np.float32)
     mixed = (1 - _MASK_OPACITY) * inside + _MASK_OPACITY * np.asarray(color, np.float32)
-    canvas[mask] = mixed.round().astype(np.uint8)
-    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    part[crop > 0] = mixed.round().astype(np.uint8)
+    outlines, _ = cv2.findContours(crop, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE, offset=(x, y))
     cv2.drawContours(canvas, outlines, -1, color, line, cv2.LINE_AA)
-
-
-def _font_size(longest: int, count: int) -> int:
-    return max(10, min(28, round(longest / (45 if count <= 15 else 60))))
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(path), size)
-
-
-def _write_label(
-    pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont,
-    text: str,
-    box: np.ndarray,
-    color: tuple[int, int, int],
-    thickness: int,
-) -> None:
-    red, green, blue = color[::-1]
-    pad = max(1, int(font.size) // 6)
-    ascent, descent = font.getmetrics()
-    width = pen.textlength(text, font=font) + 2 * pad
-    height = ascent + descent
-    limit_x, limit_y = pen.im.size
-    left = min(max(0.0, box[0] - thickness / 2), max(0.0, limit_x - width))
-    top = box[1] - height if box[1] >= height else box[1]
-    top = min(max(0.0, top), max(0.0, limit_y - height))
-    pen.rectangle((left, top, left + width, top + height), fill=(red, green, blue))
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 140
-    pen.text((left + pad, top), text, fill="black" if bright else "white", font=font)

@@ -18,7 +18,7 @@ from detectron2.structures import BoxMode
 
 from .build import inference_folder
 from .classes import fill_up, load_class_names
-from .drawing import beside, caption, contact_sheet, draw_objects, enlarge, write_image
+from .drawing import beside, caption, contact_sheet, draw_objects, enlarge, score_label, write_image
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -89,7 +89,10 @@ def _picture(
 ) -> np.ndarray:
     image, scale = enlarge(read_image(file_name, format="BGR"), _MIN_SIDE)
     shown = [item for item in objects if item["score"] >= score_threshold]
-    labels = [f"{names[item['category_id']]} {item['score']:.2f}" for item in shown]
+    labels = [
+        score_label(names[item["category_id"]], item["score"], item.get("mask_score"))
+        for item in shown
+    ]
     detected = _draw(image, scale, shown, labels)
     text = f"detections: {len(shown)} with score ≥ {score_threshold:g}"
     detected = caption(detected, text)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .build import inference_folder
+from .coco import BOX_FILE, MASK_FILE
 from .curves import write_curves
 from .pictures import write_pictures
-from .results import by_dataset, class_table, summary_table, write_results
+from .results import by_dataset, class_table, notes, summary_table, write_results
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -31,13 +32,16 @@ def write_report(cfg: CfgNode, results: Mapping[str, Any] | None) -> None:
     written: list[tuple[str, Path]] = []
     if keyed:
         per_class = class_table(keyed)
-        tables = summary_table(keyed) + (f"\n\n{per_class}" if per_class else "")
+        parts = (summary_table(keyed), notes(keyed), per_class)
+        tables = "\n\n".join(part for part in parts if part)
         _logger.info(f"Results in percent:\n\n{tables}\n")
         written += [("table", path) for path in write_results(keyed, cfg.OUTPUT_DIR)]
     for name in cfg.DATASETS.TEST:
-        file = Path(inference_folder(cfg, name)) / "coco_instances_results.json"
-        if file.is_file():
-            written.append(("detections", file))
+        for augmented in (False, True) if cfg.TEST.AUG.ENABLED else (False,):
+            left = Path(inference_folder(cfg, name, augmented=augmented))
+            for kind, file in (("detections", left / BOX_FILE), ("masks", left / MASK_FILE)):
+                if file.is_file():
+                    written.append((kind, file))
         folder = write_pictures(cfg, name)
         if folder is not None:
             written.append(("pictures", folder))

@@ -83,6 +83,20 @@ def class_table(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def notes(results: Results) -> str:
+    """What the names of tasks mean that are not COCO's; "" where there are none."""
+    tasks = {task.removesuffix("_TTA") for of_set in results.values() for task in of_set}
+    lines = []
+    if MASK_GAIN_TASK in tasks:
+        lines.append(
+            f"segm: masks ranked by mask score; {CLASS_SCORE_TASK}: the same masks ranked by class "
+            f"score; {MASK_GAIN_TASK}: the difference."
+        )
+    if any(task.endswith("_TTA") for of_set in results.values() for task in of_set):
+        lines.append("..._TTA: with test-time augmentation.")
+    return " ".join(lines)
+
+
 def write_results(results: Results, folder: str | Path) -> list[Path]:
     """Write `results.json` (undefined metrics as null) and `results.md`; returns both paths."""
     folder = Path(folder)
@@ -96,8 +110,8 @@ def write_results(results: Results, folder: str | Path) -> list[Path]:
     }
     json_path, markdown_path = folder / "results.json", folder / "results.md"
     json_path.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    tables = [summary_table(results), class_table(results)]
-    text = "# Results\n\nIn percent.\n\n" + "\n\n".join(table for table in tables if table)
+    parts = ["# Results", "In percent.", summary_table(results), notes(results)]
+    text = "\n\n".join(part for part in (*parts, class_table(results)) if part)
     markdown_path.write_text(text + "\n", encoding="utf-8")
     return [json_path, markdown_path]
 

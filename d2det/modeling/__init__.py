@@ -22,6 +22,7 @@ from d2det.modeling.pooler import (
 )
 from d2det.modeling.roi_heads import D2DetROIHeads
 from d2det.modeling.standard_heads import DeformableROIHeads
+from d2det.modeling.tta import D2DetWithTTA, build_tta
 
 __all__ = [
     "ROI_DENSE_REGRESSION_HEAD_REGISTRY",
@@ -29,6 +30,7 @@ __all__ = [
     "ClassPredictor",
     "D2DetMaskHead",
     "D2DetROIHeads",
+    "D2DetWithTTA",
     "DeformRoIPooler",
     "DeformableROIHeads",
     "DenseLocalRegressionHead",
@@ -41,4 +43,5 @@ __all__ = [
     "build_d2det_resnet_c5_backbone",
     "build_d2det_resnet_fpn_backbone",
     "build_dense_regression_head",
+    "build_tta",
 ]

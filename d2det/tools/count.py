@@ -125,11 +125,15 @@ class OnePass(nn.Module):
         elif hasattr(predictor, "bbox_pred"):
             results.append(predictor.bbox_pred(x))
         if getattr(heads, "dense_head", None) is not None:
-            boxes = _boxes(image, heads.pre_regression_topk).tensor
-            rois = torch.cat((boxes.new_zeros(len(boxes), 1), boxes), dim=1)
+            rois = _rois(image, heads.pre_regression_topk)
             dense = heads.dense_head(heads.dense_pooler(maps, rois))
             results += [t for t in dense if t is not None]
-        if heads.mask_on:
+        if getattr(heads, "dense_masks", False):
+            rois = _rois(image, self.num_detections)
+            trunk = heads.dense_head.tower(heads.dense_pooler(maps, rois))
+            masks = heads.mask_head.predict(trunk, rois[:, 0].long(), rois[:, 0])
+            results += [t for t in masks if t is not None]
+        elif heads.mask_on:
             maps = [features[name] for name in heads.mask_in_features]
             boxes = [_boxes(image, self.num_detections)]
             results.append(heads.mask_head.layers(heads.mask_pooler(maps, boxes)))
@@ -141,6 +145,11 @@ def _boxes(image: Tensor, number: int) -> Boxes:
     corners = torch.rand(number, 2, 2, generator=torch.Generator().manual_seed(0)).sort(1).values
     scale = torch.tensor([int(image.shape[3]), int(image.shape[2])])
     return Boxes((corners * scale).flatten(1))
+
+
+def _rois(image: Tensor, number: int) -> Tensor:
+    boxes = _boxes(image, number).tensor
+    return torch.cat((boxes.new_zeros(len(boxes), 1), boxes), dim=1)
 
 
 def _deform_conv(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torchvision.ops import box_iou, nms
 
-from d2det.core import Candidates, SoftNMS, nms_candidates, suppress
+from d2det.core import Candidates, SoftNMS, nms_candidates, pool_candidates, suppress
 from d2det.core.selection import threshold_candidates
 
 
@@ -125,3 +125,32 @@ def test_nms_far_from_the_origin_keeps_its_precision():
     )
     found = nms_candidates(candidates, iou_threshold=0.5, limit=9, num_images=64)
     assert len(found.scores) == 2
+
+
+def test_pooled_candidates_compete_as_if_one_view_had_found_them():
+    boxes, scores, images = scored(90, 3, 2)
+    everything = threshold_candidates(boxes, scores, images, 0.2)
+    third = torch.arange(len(everything.scores)) % 3
+    parts = [everything.take(third == i) for i in range(3)]
+    pooled = pool_candidates([*parts, everything.take(third < 0)])  # and a view that found nothing
+    assert pooled.scores.diff().max() <= 0
+    found = suppress(pooled, SoftNMS(), limit=20, num_images=2)
+    expected = suppress(everything, SoftNMS(), limit=20, num_images=2)
+    for name in ("boxes", "scores", "classes", "images"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    # rois: positions in all parts, one after the other
+    joined = torch.cat([part.scores for part in parts])
+    assert torch.equal(joined[pooled.rois], pooled.scores)
+
+
+def test_pooling_settles_ties_by_the_order_of_the_parts():
+    part = Candidates(
+        boxes=torch.tensor([[0.0, 0.0, 4.0, 4.0]]),
+        scores=torch.tensor([0.5]),
+        classes=torch.tensor([1]),
+        images=torch.tensor([0]),
+        rois=torch.tensor([7]),
+    )
+    other = part._replace(boxes=part.boxes + 1)
+    assert torch.equal(pool_candidates([part, other]).boxes, torch.cat((part.boxes, other.boxes)))
+    assert torch.equal(pool_candidates([other, part]).boxes, torch.cat((other.boxes, part.boxes)))

@@ -112,10 +112,13 @@ def test_masks_are_in_the_json(program, tmp_path):
     found.scores, found.pred_classes = torch.tensor([0.5]), torch.tensor([0])
     found.pred_masks = torch.zeros(1, 20, 30, dtype=torch.bool)
     found.pred_masks[0, 3:8, 2:12] = True
+    found.mask_scores = torch.tensor([0.75])
     results.add("x.png", np.zeros((20, 30, 3), np.uint8), found)
+    results.add("empty.png", np.zeros((20, 30, 3), np.uint8), found[:0])
     annotation = json.loads(results.write().read_text())["annotations"][0]
     assert annotation["bbox"] == [2, 3, 10, 5]
     assert annotation["area"] == 50
+    assert annotation["mask_score"] == 0.75
     assert (mask_util.decode(annotation["segmentation"]) == found.pred_masks[0].numpy()).all()
 
 
@@ -195,3 +198,44 @@ def test_needed_options(program, capsys):
         with pytest.raises(SystemExit):
             program("demo").main(line)
         assert message in capsys.readouterr().err
+
+
+def test_masks_and_their_scores_are_drawn_on_images_and_frames(demo, photos, video, monkeypatch):
+    """Of a model that has them; on the last frame it finds nothing."""
+    import torch
+
+    from d2det.engine.predictor import Predictor
+    from d2det.evaluation import drawing
+
+    predict, drawn, frames = Predictor.__call__, [], []
+
+    def with_masks(self, images):
+        outputs = predict(self, images)
+        for output, image in zip(outputs, images, strict=True):
+            frames.append(image.shape)
+            found = output["instances"][: 0 if len(frames) == 6 else None]
+            height, width = image.shape[:2]
+            found.pred_masks = torch.zeros(len(found), height, width, dtype=torch.bool)
+            for mask, box in zip(found.pred_masks, found.pred_boxes.tensor.int(), strict=True):
+                mask[box[1] : box[3], box[0] : box[2]] = True
+            found.mask_scores = found.scores + 0.3
+            output["instances"] = found
+        return outputs
+
+    def record(image, boxes, classes, labels, masks=None):
+        drawn.append((labels, masks))
+        return drawing.draw_objects(image, boxes, classes, labels, masks)
+
+    monkeypatch.setattr(Predictor, "__call__", with_masks)
+    monkeypatch.setattr("d2det.engine.predictor.draw_objects", record)
+    _, content = demo("--score-thresh", 0.2, "--input", photos / "a.png", video)
+    assert len(drawn) == len(content["images"]) == 6
+    assert [len(labels) for labels, _ in drawn][-1] == 0 < len(drawn[0][0])
+    for labels, masks in drawn:
+        assert all(label.count(" | ") == 1 for label in labels)
+        assert len(masks) == len(labels)
+    for found in content["annotations"]:
+        assert found["mask_score"] == pytest.approx(found["score"] + 0.3, abs=1e-4)
+        assert found["segmentation"]["size"] == [
+            content["images"][found["image_id"] - 1][side] for side in ("height", "width")
+        ]

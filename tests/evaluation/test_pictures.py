@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from d2det.evaluation.drawing import (
     contact_sheet,
     draw_objects,
     enlarge,
+    score_label,
     write_image,
 )
+from d2det.evaluation.masks import encode_masks
 from d2det.evaluation.pictures import _mask, write_pictures
 
 GREY = np.full((120, 160, 3), 90, np.uint8)
@@ -66,6 +70,35 @@ def test_labels_stay_inside(box):
 
     assert text_pixels(free) > 15
     assert text_pixels(there) == pytest.approx(text_pixels(free), rel=0.25)
+
+
+def test_labels_make_room_for_each_other():
+    """Ten boxes one on another: their labels hide each other less than at one place."""
+    image = np.full((400, 600, 3), 90, np.uint8)
+    boxes = np.array([[250, 180, 330, 230]] * 3 + [[60, 60, 90, 90]], float)
+
+    def dark(label_boxes):
+        labels = ["object 0.50 | 0.75"] * len(label_boxes)
+        drawn = draw_objects(image, label_boxes, [2] * len(label_boxes), labels)
+        return int((drawn < 15).all(axis=2).sum())
+
+    alone = dark(boxes[3:])
+    assert alone > 50
+    assert dark(boxes) == pytest.approx(4 * alone, rel=0.1)  # every letter is to be seen
+
+
+def test_masks_that_are_empty_or_everything():
+    empty, full = np.zeros((120, 160), bool), np.ones((120, 160), np.uint8)
+    box = np.array([[5.0, 5.0, 20.0, 20.0]])
+    without = draw_objects(GREY, box, [1], ["x"])
+    assert (draw_objects(GREY, box, [1], ["x"], [empty]) == without).all()
+    drawn = draw_objects(GREY, box, [1], [""], [full])
+    assert np.abs(drawn[60, 80] - (0.6 * 90 + 0.4 * np.array(class_color(1)))).max() <= 1
+
+
+def test_labels_name_both_scores():
+    assert score_label("cat", 0.876) == "cat 0.88"
+    assert score_label("cat", 0.876, 1.1) == "cat 0.88 | 1.10"
 
 
 def test_no_objects():
@@ -182,6 +215,30 @@ def test_ground_truth_masks_are_shown_only_beside_predicted_ones(finished_run):
         inside.append(picture[-120 * 3 + 100, 100].astype(int))
     assert np.abs(inside[0] - 90).max() <= 3
     assert np.abs(inside[1] - (0.6 * 90 + 0.4 * np.array(class_color(1)))).max() <= 6
+
+
+def test_pictures_name_the_mask_score(finished_run, monkeypatch):
+    cfg, name = finished_run()
+    file = next(Path(cfg.OUTPUT_DIR).rglob("instances_predictions.pth"))
+    predictions = torch.load(file, weights_only=False)
+    mask = np.zeros((120, 160), bool)
+    mask[20:60, 80:120] = True
+    for prediction in predictions:
+        for item in prediction["instances"]:
+            item["mask_score"] = item["score"] + 0.25
+            item["segmentation"] = encode_masks(torch.from_numpy(mask)[None])[0]
+    torch.save(predictions, file)
+    labels = []
+
+    def record(image, boxes, classes, texts, masks=None):
+        labels.append((list(texts), None if masks is None else [int(m.sum()) for m in masks]))
+        return image
+
+    monkeypatch.setattr("d2det.evaluation.pictures.draw_objects", record)
+    cfg.MODEL.MASK_ON, cfg.TEST.NUM_PICTURES = True, 1
+    write_pictures(cfg, name)
+    assert labels[0] == (["cat 0.90 | 1.15"], [9 * mask.sum()])  # drawn three times as large
+    assert labels[1][0] == ["dog"]
 
 
 def test_pictures_replace_those_of_an_earlier_run_but_nothing_else(finished_run):

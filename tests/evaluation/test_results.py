@@ -10,8 +10,14 @@ import pytest
 pytest.importorskip("detectron2")
 from d2det.engine.setup import get_cfg
 from d2det.evaluation.classes import fill_up, load_class_names, save_class_names
-from d2det.evaluation.curves import read_metrics, write_curves
-from d2det.evaluation.results import by_dataset, class_table, summary_table, write_results
+from d2det.evaluation.curves import _is_plotted, read_metrics, write_curves
+from d2det.evaluation.results import (
+    by_dataset,
+    class_table,
+    notes,
+    summary_table,
+    write_results,
+)
 
 BOXES = {"AP": 41.25, "AP50": 60.0, "AP90": 12.0, "APs": math.nan, "AP-x|y": 40.0, "AP-z": 42.5}
 MASKS = {"AP": 38.0, "AP50": 55.5, "AP-x|y": 37.0, "AP-z": math.nan}
@@ -61,6 +67,28 @@ def test_files_hold_the_results(tmp_path):
     assert content["d"]["bbox"]["AP"] == 41.25
     assert content["d"]["bbox"]["APs"] is None
     assert "41.25" in markdown_path.read_text()
+
+
+def test_tasks_that_are_not_cocos_are_explained(tmp_path):
+    gain = {"AP": 1.5, "AP50": -0.25}
+    tasks = {"segm": MASKS, "segm_class_score": MASKS, "mask_scoring_gain": gain}
+    text = write_results({"d": tasks}, tmp_path)[1].read_text()
+    assert "segm_class_score: the same masks ranked by class score" in text
+    rows = [cells(line) for line in text.splitlines() if line.startswith("| d ")]
+    assert rows[-1] == ["d", "mask_scoring_gain", "1.50", "-0.25"]
+    assert notes({"d": {"bbox": BOXES}}) == ""
+    assert notes({"d": {"bbox": BOXES, "bbox_TTA": BOXES}}).endswith("test-time augmentation.")
+
+
+def test_curves_have_each_ranking_of_masks_once():
+    plotted = [f"segm/{m}" for m in ("AP", "AP50", "AP75", "AP90")] + [
+        "bbox/AP",
+        "segm_class_score/AP",
+    ]
+    left_out = ["segm_class_score/AP50", "mask_scoring_gain/AP", "segm/APs", "bbox/AP-a", "lr"]
+    for prefix in ("", "set/"):
+        assert all(_is_plotted(prefix + key) for key in plotted)
+        assert not any(_is_plotted(prefix + key) for key in left_out)
 
 
 def test_class_names_are_written_and_read(tmp_path):

@@ -125,3 +125,42 @@ def test_a_negative_seed_is_picked_and_logged(cfg, engine_log):
     cfg.SEED = -1
     seed = build_train_loader(cfg).stream.seed
     assert seed >= 0 and str(seed) in engine_log.text
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sizes", "allowed"),
+    [("choice", (40, 56, 72), {40, 56, 72}), ("range", (40, 72), set(range(40, 73)))],
+)
+def test_several_scales_with_workers_and_after_a_restart(cfg, sampling, sizes, allowed):
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = sizes, 200
+    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = sampling
+    reference = batches(build_train_loader(cfg), 16)
+    seen = {min(shape[1:]) for batch in reference for _, shape, _ in batch}
+    assert seen <= allowed
+    assert seen == allowed if sampling == "choice" else len(seen) > 8
+
+    cfg.DATALOADER.NUM_WORKERS = 2
+    loader = build_train_loader(cfg)
+    assert batches(loader, 7) == reference[:7]
+    resumed = build_train_loader(cfg)
+    resumed.load_state_dict(loader.state_dict())
+    assert batches(resumed, 9) == reference[7:]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sizes", "message"),
+    [
+        (
+            "range",
+            (400, 800, 1400),
+            r"\(400, 800, 1400\): .*'range' needs two sizes, the smallest",
+        ),
+        ("range", (800, 400), r"\(800, 400\): .*'range' needs two sizes, the smallest"),
+        ("list", (400, 800), r"SAMPLING 'list' is not one of 'choice', 'range'"),
+        ("choice", (), r"INPUT.MIN_SIZE_TRAIN is empty"),
+    ],
+)
+def test_unfit_scales_are_refused(cfg, sampling, sizes, message):
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = sizes, sampling
+    with pytest.raises(ValueError, match=message):
+        build_train_loader(cfg)

@@ -125,3 +125,23 @@ def test_two_processes_mimic_where_only_one_has_objects(tmp_path):
     assert "mimic.cls_score.weight" in first["model"]
     assert_same(first, second)
     assert_same(ends(tmp_path / "cut", 2)[0], first)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_masks_where_only_one_has_objects(tmp_path):
+    """DistributedDataParallel waits for every parameter: also for those of masks nobody has."""
+    keys = {
+        "processes": 2,
+        "empty_every": 2,
+        "DATALOADER__FILTER_EMPTY_ANNOTATIONS": False,
+        "DATALOADER__ASPECT_RATIO_GROUPING": False,
+        "MODEL__MASK_ON": True,
+        "MODEL__ROI_MASK_HEAD__NAME": "D2DetMaskHead",
+        "MODEL__ROI_MASK_HEAD__CONV_DIM": 16,
+        "MODEL__RESNETS__NORM": "naiveSyncBN",
+        "MODEL__ROI_MASK_HEAD__SCORING__FC_DIM": 16,
+    }
+    finish(start(tmp_path / "whole", **keys))
+    first, second = ends(tmp_path / "whole", 2)
+    assert any(name.startswith("roi_heads.mask_head.") for name in first["model"])
+    assert_same(first, second)

@@ -46,7 +46,12 @@ def register_dataset(folder: Path, name: str = "tiny", *, empty_every: int = 0) 
             w, h = (int(v) for v in rng.integers(16, 26, 2))
             pixels[y : y + h, x : x + w, category] = 230
             annotations.append(
-                {"bbox": [x, y, w, h], "bbox_mode": BoxMode.XYWH_ABS, "category_id": category}
+                {
+                    "bbox": [x, y, w, h],
+                    "bbox_mode": BoxMode.XYWH_ABS,
+                    "category_id": category,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
             )
         path = folder / f"{number}.png"
         Image.fromarray(pixels).save(path)
