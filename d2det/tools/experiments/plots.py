@@ -111,7 +111,7 @@ def plot_tradeoff(points: Sequence[Point], metric: str, setting: str) -> Plot | 
     def draw(axes: Axes) -> None:
         for number, point in enumerate(points):
             style = _style(number)
-            spread = point.ap.deviation if point.ap.count > 1 else 0.0
+            spread = point.ap.deviation if point.ap.number > 1 else 0.0
             axes.errorbar(
                 [point.median], [point.ap.mean], yerr=[[spread], [spread]],
                 xerr=[[point.median - point.low], [point.high - point.median]],

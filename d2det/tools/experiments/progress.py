@@ -47,8 +47,9 @@ def position(run: Run) -> Position:
     last, max_iter = last_metrics(run.folder), planned_iterations(run.folder)
     iteration = int(last.get("iteration", -1)) + 1
     seconds = last.get("time")
-    known = isinstance(seconds, (int, float)) and max_iter
-    eta = max(0, max_iter - iteration) * float(seconds) if known else None
+    eta = None
+    if isinstance(seconds, (int, float)) and max_iter:
+        eta = max(0, max_iter - iteration) * float(seconds)
     return Position(iteration, max_iter, eta)
 
 

@@ -14,13 +14,13 @@ class Summary(NamedTuple):
     """Of some values.
 
     Attributes:
-        count: how many there are.
+        number: how many there are.
         mean: their mean.
         deviation: sample standard deviation (n − 1); NaN of a single value.
         low, high: lowest and highest.
     """
 
-    count: int
+    number: int
     mean: float
     deviation: float
     low: float

@@ -165,7 +165,7 @@ def summary_cell(
     if found is not None:
         form = "+.1f" if signed else ".1f"
         text = f"{found.mean:{form}}"
-        if found.count > 1:
+        if found.number > 1:
             text += f" ± {found.deviation:.1f}"
             details.append(f"{found.low:{form}} to {found.high:{form}}")
     if published is not None:

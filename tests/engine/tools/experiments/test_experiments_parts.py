@@ -34,7 +34,7 @@ def test_summary_leaves_out_what_is_undefined():
 
 def test_gain_is_of_the_seeds_that_both_have():
     found = summarize_gain({1: 5.0, 2: 9.0, 3: None, 4: 1.0}, {1: 4.0, 2: 5.0, 3: 1.0, 5: 0.0})
-    assert (found.count, found.mean, found.low, found.high) == (2, 2.5, 1.0, 4.0)
+    assert (found.number, found.mean, found.low, found.high) == (2, 2.5, 1.0, 4.0)
     assert summarize_gain({1: 5.0}, {2: 5.0}) is None
 
 
