@@ -12,7 +12,6 @@ from d2det.tools.experiments.experiment import load_experiment
 from d2det.tools.experiments.folders import settings_of
 
 FILES = sorted((Path(__file__).parents[4] / "experiments").glob("*.yaml"))
-# Experiments whose configs come with other parts of the project.
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
