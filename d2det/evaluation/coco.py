@@ -108,7 +108,7 @@ class CocoEvaluator(COCOEvaluator):
         # pycocotools would quietly take a missing mask for the rectangle of its box.
         if "segm" in self._tasks and not all("segmentation" in x for x in found):
             self._drop_masks("not all predictions have masks")
-        found = self._with_dataset_ids(found)
+        found = self.with_dataset_ids(found)
         boxes = [_without(x, "segmentation", "mask_score") for x in found]
         masks = [_mask_result(x) for x in found if "segmentation" in x]
         if self._output_dir:
@@ -177,7 +177,7 @@ class CocoEvaluator(COCOEvaluator):
             if math.isfinite(ap)
         }
 
-    def _with_dataset_ids(self, found: list[Result]) -> list[Result]:
+    def with_dataset_ids(self, found: list[Result]) -> list[Result]:
         """The detections with the data set's category ids in place of class indices."""
         ids = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if ids is None:

@@ -102,7 +102,7 @@ def draw_label_map(image: np.ndarray, labels: np.ndarray, names: Mapping[int, st
     thickness = max(1, round(longest / 320))
     present = [int(index) for index in np.unique(labels) if int(index) in names]
     for index in present:
-        _blend(canvas, labels == index, class_color(index), thickness)
+        _blend(canvas, (labels == index).view(np.uint8), class_color(index), thickness)
     if not present:
         return canvas
     boxes = []

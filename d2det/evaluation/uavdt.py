@@ -63,8 +63,9 @@ class UAVDTEvaluator(CocoEvaluator):
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Any = None) -> None:
         super()._eval_predictions(predictions, img_ids)
-        # The ids in the predictions are the data set's by now.
-        found = [entry for prediction in predictions for entry in prediction["instances"]]
+        found = self.with_dataset_ids(
+            [entry for prediction in predictions for entry in prediction["instances"]]
+        )
         content = self._coco_api.dataset
         if self._output_dir:
             write_text_results(content["images"], found, Path(self._output_dir) / TEXT_FOLDER)
