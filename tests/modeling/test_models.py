@@ -35,8 +35,10 @@ def train_step(model, inputs):
 
 
 def expected_losses(name: str) -> set[str]:
-    if "mimicking" in name:
+    if "mimic" in name:
         return DELTA | MIMIC
+    if "deformable" in name:
+        return DELTA
     if "no_overlap" in name:
         return DENSE - {"loss_overlap"}
     return DELTA if "faster_rcnn" in name or "drp" in name else DENSE
