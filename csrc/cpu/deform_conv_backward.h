@@ -3,30 +3,6 @@
 
 namespace d2det::D2DET_ISA {
 
-// Sums of the lanes of four vectors, stored in the order 0, 2, 1, 3.
-template <typename T>
-inline __attribute__((always_inline)) void store_sums(typename Vec<T>::type a,
-                                                      typename Vec<T>::type b,
-                                                      typename Vec<T>::type c,
-                                                      typename Vec<T>::type d, T* to) {
-  using V = typename Vec<T>::type;
-  constexpr int64_t lanes = Vec<T>::kSize;
-  const V ab = interleave_low(a, b) + interleave_high(a, b);
-  const V cd = interleave_low(c, d) + interleave_high(c, d);
-  if constexpr (lanes == 2) {
-    to[0] = ab[0], to[1] = cd[0], to[2] = ab[1], to[3] = cd[1];
-  } else {
-    const V all = interleave_low(ab, cd) + interleave_high(ab, cd);
-    T parts[lanes];
-    store(parts, all);
-    for (int i = 0; i < 4; ++i) {
-      T sum = parts[i];
-      for (int64_t part = 4; part < lanes; part += 4) sum += parts[part + i];
-      to[i] = sum;
-    }
-  }
-}
-
 // Pixels between the one that is worked on and the one that is fetched into the cache.
 constexpr int64_t kFetchAhead = 4;
 
