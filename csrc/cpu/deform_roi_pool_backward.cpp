@@ -234,8 +234,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> deform_roi_pool_backward(
   std::vector<Tensor> grads;
   if (output_mask[0]) {
     for (const Tensor& map : features) {
-      grads.push_back(
-          use_large_pages(maps.emplace_back(map, map.scalar_type(), format_of(map)).work));
+      grads.push_back(maps.emplace_back(map, map.scalar_type(), format_of(map)).work);
     }
   }
   std::optional<GradientTensor> shifts, scales;
