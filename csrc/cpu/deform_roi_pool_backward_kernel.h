@@ -1,5 +1,5 @@
-// The backward of deformable RoI pooling; included by kernels.h, once for each instruction set, after
-// deform_roi_pool_kernel.h, whose plan and reads it uses.
+// The backward of deformable RoI pooling; included by kernels.h, once for each instruction set,
+// behind deform_roi_pool_kernel.h, whose plan and reads it uses.
 
 namespace d2det::D2DET_ISA {
 
