@@ -3,40 +3,16 @@
 
 namespace d2det::D2DET_ISA {
 
-// Sums of the lanes of four vectors, stored in the order 0, 2, 1, 3.
-template <typename T>
-inline __attribute__((always_inline)) void store_sums(typename Vec<T>::type a,
-                                                      typename Vec<T>::type b,
-                                                      typename Vec<T>::type c,
-                                                      typename Vec<T>::type d, T* to) {
-  using V = typename Vec<T>::type;
-  constexpr int64_t lanes = Vec<T>::kSize;
-  const V ab = interleave_low(a, b) + interleave_high(a, b);
-  const V cd = interleave_low(c, d) + interleave_high(c, d);
-  if constexpr (lanes == 2) {
-    to[0] = ab[0], to[1] = cd[0], to[2] = ab[1], to[3] = cd[1];
-  } else {
-    const V all = interleave_low(ab, cd) + interleave_high(ab, cd);
-    T parts[lanes];
-    store(parts, all);
-    for (int i = 0; i < 4; ++i) {
-      T sum = parts[i];
-      for (int64_t part = 4; part < lanes; part += 4) sum += parts[part + i];
-      to[i] = sum;
-    }
-  }
-}
-
 // Pixels between the one that is worked on and the one that is fetched into the cache.
 constexpr int64_t kFetchAhead = 4;
 
 // Asks for what a later pixel reads and writes: the processor does not foresee its corners.
-template <typename T>
+template <typename T, typename R>
 inline __attribute__((always_inline)) void prefetch_corners(const ConvProblem<T>& problem,
                                                             const Run& run,
                                                             const Corners<T>& corners,
                                                             PanelRange panels, int64_t pixel,
-                                                            const T* rows, T* grad_rows) {
+                                                            const R* rows, T* grad_rows) {
   const ConvShape& s = problem.shape;
   if (pixel >= run.start + run.count) return;
   const Panel& last = problem.in.items[panels.end - 1];
@@ -45,9 +21,9 @@ inline __attribute__((always_inline)) void prefetch_corners(const ConvProblem<T>
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const int64_t at = image + corners.index[i][pixel] * s.channels;
-    for (int64_t c = begin; c < end; c += 64 / sizeof(T)) {
-      __builtin_prefetch(rows + at + c);
-      if (grad_rows) __builtin_prefetch(grad_rows + at + c, 1);
+    for (int64_t c = begin; c < end; c += 64 / sizeof(R)) __builtin_prefetch(rows + at + c);
+    for (int64_t c = begin; grad_rows && c < end; c += 64 / sizeof(T)) {
+      __builtin_prefetch(grad_rows + at + c, 1);
     }
   }
 }
@@ -55,9 +31,10 @@ inline __attribute__((always_inline)) void prefetch_corners(const ConvProblem<T>
 // Reads the gradient of the columns of one run, `columns`. kScatter: adds to the gradient of the
 // input; kDots: writes the products of the gradient with the four corners to `dots` (pixels, 4) in
 // the order of store_sums; kColumns: leaves the columns in `columns`.
-template <typename T, int NV, bool kScatter, bool kDots, bool kColumns>
-void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corners<T>& corners,
-                     PanelRange panels, T* columns, int64_t panel_stride, T* grad_rows, T* dots) {
+template <typename T, typename R, int NV, bool kScatter, bool kDots, bool kColumns>
+void sample_backward(const ConvProblem<T>& problem, const R* rows, const Run& run,
+                     const Corners<T>& corners, PanelRange panels, T* columns,
+                     int64_t panel_stride, T* grad_rows, T* dots) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::kSize, row = NV * lanes;
   const ConvShape& s = problem.shape;
@@ -72,7 +49,7 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
     }
     // Corners that were clamped to the border are the same pixel as another.
     const bool distinct = at[0] != at[1] && at[0] != at[2];
-    prefetch_corners(problem, run, corners, panels, p + kFetchAhead, problem.rows,
+    prefetch_corners(problem, run, corners, panels, p + kFetchAhead, rows,
                      kScatter ? grad_rows : nullptr);
     V sum[4] = {};
     T rest[4] = {};
@@ -87,7 +64,7 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
           V value = {};
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
-            const V pixel = load(problem.rows + at[i] + c + v);
+            const V pixel = load_as(rows + at[i] + c + v, T());
             if (kDots) sum[i] = multiply_add(grad, pixel, sum[i]);
             if (kColumns) value = multiply_add(pixel, splat(weight[i]), value);
           }
@@ -114,7 +91,7 @@ void sample_backward(const ConvProblem<T>& problem, const Run& run, const Corner
           const T grad = column[v];
           T value = 0;
           for (int i = 0; i < 4; ++i) {
-            const T pixel = problem.rows[at[i] + c + v];
+            const T pixel = load_one(rows + at[i] + c + v, T());
             if (kDots) rest[i] = multiply_add(grad, pixel, rest[i]);
             value = multiply_add(pixel, weight[i], value);
             T* to = grad_rows + at[i] + c + v;

@@ -130,16 +130,16 @@ inline PanelRange panels_of_offset_group(const Panels& panels, int64_t begin, in
 // Writes the columns of one run, panel by panel at a distance of `panel_stride`; kDot: as pairs of
 // bfloat16. The sum starts at zero, as in sample_backward: the same order of operations gives both
 // the same bits.
-template <typename T, int NV, bool kDot>
-inline void gather_columns(const ConvProblem<T>& problem, const Run& run, const Corners<T>& corners,
-                           PanelRange panels, typename Factor<T, kDot>::type* columns,
-                           int64_t panel_stride) {
+template <typename T, int NV, bool kDot, typename R>
+inline void gather_columns(const ConvProblem<T>& problem, const R* rows, const Run& run,
+                           const Corners<T>& corners, PanelRange panels,
+                           typename Factor<T, kDot>::type* columns, int64_t panel_stride) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::kSize, row = NV * lanes, stored = kDot ? row / 2 : row;
   const ConvShape& s = problem.shape;
-  const T* image = problem.rows + run.image * s.height * s.width * s.channels;
+  const R* image = rows + run.image * s.height * s.width * s.channels;
   for (int64_t p = run.start; p < run.start + run.count; ++p) {
-    const T* from[4];
+    const R* from[4];
     V weight[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -156,14 +156,15 @@ inline void gather_columns(const ConvProblem<T>& problem, const Run& run, const 
         for (int v = 0; v < NV; ++v) {
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
-            value[v] = multiply_add(load(from[i] + c + v * lanes), weight[i], value[v]);
+            value[v] = multiply_add(load_as(from[i] + c + v * lanes, T()), weight[i], value[v]);
           }
         }
       } else {
         T some[row] = {};
         for (int64_t j = 0; j < width; ++j) {
           for (int i = 0; i < 4; ++i) {
-            some[j] = multiply_add(from[i][c + j], corners.weight[i][p], some[j]);
+            some[j] =
+                multiply_add(load_one(from[i] + c + j, T()), corners.weight[i][p], some[j]);
           }
         }
 #pragma GCC unroll 2

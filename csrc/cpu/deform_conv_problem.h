@@ -54,11 +54,11 @@ struct ConvProblem {
   ConvShape shape;
   Panels in, out;
   int64_t tile;        // pixels in a tile, a multiple of the rows of the product's kernel
-  const T* rows;       // the input as (N, H, W, C)
+  const void* rows;    // the input as (N, H, W, C), in T, or in bfloat16 where `bf16` says so
   const T* offset;     // (N, G, K, 2, L)
   const T* mask;       // (N, G, K, L), or null
   const void* packed;  // weights, as the pass wants them
-  bool bf16;           // products of bfloat16, summed in float32
+  bool bf16;           // input rows and products of bfloat16, summed in float32
 };
 
 template <typename T>

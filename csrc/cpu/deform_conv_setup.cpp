@@ -87,27 +87,33 @@ void copy_to_channels_last(const Tensor& from, const Tensor& to) {
   const Images given = images(from);
   T* rows = static_cast<T*>(to.data_ptr());
   torch::stable::parallel_for(0, from.size(0), 8, [&](int64_t begin, int64_t end) {
-    D2DET_SELECT_ISA(images_to_rows<T>)
+    D2DET_SELECT_ISA(images_to_rows<T, T>)
     (given, channels, pixels, begin * pixels, end * pixels, rows);
   });
 }
 
-template <typename T>
-Tensor ConvTensors<T>::as_rows(const Tensor& input) {
-  if (input.scalar_type() == kScalar<T> && is_channels_last(input)) return input;
+namespace {
+
+// (N, H, W, C) in D, a type of torch's that is D in memory; where the input lies so already, the
+// input. T is what the numbers are converted through.
+template <typename T, typename D>
+Tensor as_rows(const Tensor& input, ScalarType type) {
+  if (input.scalar_type() == type && is_channels_last(input)) return input;
   const Tensor given = as_images(input);
   const int64_t channels = input.size(1), pixels = input.size(2) * input.size(3);
   const int64_t all = input.size(0) * pixels;
-  Tensor rows = torch::stable::empty({all, channels}, kScalar<T>);
+  Tensor rows = torch::stable::empty({all, channels}, type);
   use_large_pages(rows);
-  T* to = rows.mutable_data_ptr<T>();
+  D* to = static_cast<D*>(rows.data_ptr());
   const Images from = images(given);
-  const auto copy = D2DET_SELECT_ISA(images_to_rows<T>);
+  const auto copy = D2DET_SELECT_ISA(images_to_rows<T, D>);
   torch::stable::parallel_for(0, (all + 15) / 16, 64, [&](int64_t begin, int64_t end) {
     copy(from, channels, pixels, begin * 16, std::min(end * 16, all), to);
   });
   return rows;
 }
+
+}  // namespace
 
 template <typename T>
 ConvTensors<T>::ConvTensors(const ConvShape& shape, const Tensor& given_input,
@@ -116,25 +122,29 @@ ConvTensors<T>::ConvTensors(const ConvShape& shape, const Tensor& given_input,
          D2DET_SELECT_ISA(conv_traits<T>)().lanes),
       out(shape.out_channels, shape.out_channels / shape.groups, shape.out_channels,
           D2DET_SELECT_ISA(conv_traits<T>)().lanes),
-      rows(as_rows(given_input)),
       offset(as(given_offset, kScalar<T>)),
       problem{} {
   if (given_mask) mask = as(*given_mask, kScalar<T>);
   problem.shape = shape;
   problem.in = in.view();
   problem.out = out.view();
-  problem.rows = static_cast<const T*>(rows.data_ptr());
+  problem.bf16 = multiplies_bf16(given_input.scalar_type());
+  rows = problem.bf16 ? as_rows<float, BFloat16Bits>(given_input, ScalarType::BFloat16)
+                      : as_rows<T, T>(given_input, kScalar<T>);
+  problem.rows = rows.data_ptr();
   problem.offset = offset.const_data_ptr<T>();
   problem.mask = mask ? mask->const_data_ptr<T>() : nullptr;
 }
 
 template <typename T>
-void ConvTensors<T>::choose_products(ScalarType type) {
-  const ConvShape& s = problem.shape;
+bool ConvTensors<T>::multiplies_bf16([[maybe_unused]] ScalarType type) const {
 #if D2DET_X86
-  problem.bf16 = sizeof(T) == 4 && type == ScalarType::BFloat16 && cpu_isa() == Isa::kAvx512Bf16 &&
-                 in.vectors == 2 && out.vectors == 2 && s.channels / s.groups % 2 == 0 &&
-                 s.channels / s.offset_groups % 2 == 0 && s.out_channels / s.groups % 2 == 0;
+  const ConvShape& s = problem.shape;
+  return sizeof(T) == 4 && type == ScalarType::BFloat16 && cpu_isa() == Isa::kAvx512Bf16 &&
+         in.vectors == 2 && out.vectors == 2 && s.channels / s.groups % 2 == 0 &&
+         s.channels / s.offset_groups % 2 == 0 && s.out_channels / s.groups % 2 == 0;
+#else
+  return false;
 #endif
 }
 

@@ -16,8 +16,9 @@ namespace d2det {
 
 D2DET_FOR_EACH_ISA(
     template <typename T> ConvTraits conv_traits();
-    template <typename T> void images_to_rows(const Images&, int64_t channels, int64_t pixels,
-                                              int64_t begin, int64_t end, T* rows);
+    template <typename T, typename D> void images_to_rows(const Images&, int64_t channels,
+                                                          int64_t pixels, int64_t begin,
+                                                          int64_t end, D* rows);
     template <typename T> void rows_to_images(const T* rows, int64_t channels, int64_t pixels,
                                               int64_t begin, int64_t end, const Images&);
     template <typename T> void pack_for_forward(const ConvProblem<T>&, const T* weight,
@@ -87,20 +88,18 @@ class Memory {
 template <typename T>
 struct ConvTensors {
   PanelList in, out;
-  Tensor input, rows, offset, packed;
+  Tensor rows, offset;
   std::optional<Tensor> mask;
   ConvProblem<T> problem;
 
   ConvTensors(const ConvShape& shape, const Tensor& given_input, const Tensor& given_offset,
               const std::optional<Tensor>& given_mask);
 
+ private:
   // Products of bfloat16 where the operands are that, the processor has them, and every sum runs
   // over whole pairs. Columns are rounded to bfloat16 then, as the inputs of a plain convolution
   // are.
-  void choose_products(ScalarType type);
-
-  // (N, H, W, C) in T, and where the input lies so already, the input.
-  static Tensor as_rows(const Tensor& input);
+  bool multiplies_bf16(ScalarType type) const;
 };
 
 }  // namespace d2det

@@ -37,10 +37,11 @@ void pool(const RoiArguments& args, const Tensor& output) {
       continue;
     }
     const std::vector<RowSpan> spans = rows_read(batch);
-    const int64_t stride = channels_in_cache(map, sizeof(T), 0), width = map.size(3);
+    const int64_t stride = channels_in_cache(map, sizeof(T)), width = map.size(3);
     if (rows_at != group.level) {
       rows.reset();
       rows.emplace(map.size(2) * width * stride);
+      use_large_pages(rows->get(), map.size(2) * width * stride * int64_t(sizeof(T)));
     }
     rows_at = group.level;
     for (int64_t first = 0; first < args.channels(); first += stride) {
@@ -68,7 +69,6 @@ Tensor deform_roi_pool(std::vector<Tensor> features, const Tensor& rois, const T
   check_roi_arguments(args);
   Tensor output =
       new_output(features[0], {rois.size(0), args.channels(), output_size, output_size});
-  use_large_pages(output);
   if (args.accumulation() == ScalarType::Double) {
     pool<double>(args, output);
   } else {

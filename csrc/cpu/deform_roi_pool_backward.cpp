@@ -18,6 +18,14 @@ struct Blocks {
   }
 };
 
+// Channels of a map whose rows a thread works on at a time: two cache lines for each pixel, fewer
+// where threads would be left without work.
+template <typename T>
+int64_t block_channels(int64_t channels, int64_t threads) {
+  const int64_t wanted = std::max<int64_t>(128 / sizeof(T), kRoiChannels);
+  return channels < wanted * threads ? kRoiChannels : wanted;
+}
+
 template <typename T>
 class Backward {
  public:
@@ -47,7 +55,6 @@ class Backward {
       if (level != group.level) {
         features = as(map, map.scalar_type(), format_of(map));
         rows_.reset();
-        grad_rows_.reset();
         level = group.level;
       }
       run_group(group, *features, format_of(map));
@@ -62,7 +69,7 @@ class Backward {
     const Pixels map = pixels_of(features, format, group.image);
     Pixels grad_map = map;
     if (!grads_.empty()) grad_map = pixels_of(grads_[group.level], format, group.image);
-    // Sums of each block of channels, added in the order of the blocks.
+    // Sums of each thread's channels, added in the order of the threads.
     const int64_t count = dots() ? batch.count * batch.bins() * 3 : 0;
     sums_.assign(static_cast<size_t>(count * threads_), T(0));
     if (is_rows<T>(features, format)) {
@@ -75,39 +82,47 @@ class Backward {
     if (dots()) add_sums(batch, group);
   }
 
-  // Through rows of channels, as many channels at a time as stay in cache.
+  // Through rows of channels. A thread takes its share of the channels a block at a time: the rows
+  // of a block stay in its cache, and hold a pixel's features and their gradient side by side.
   void run_copied(const RoiBatch<T>& batch, const Tensor& features, const Pixels& map,
                   const Pixels& grad_map) {
-    const int64_t stride = channels_in_cache(features, sizeof(T), kRoiChannels * threads_);
     const int64_t height = features.size(2), width = features.size(3);
-    if (dots() && !rows_) rows_.emplace(height * width * stride);
-    if (!grads_.empty() && !grad_rows_) grad_rows_.emplace(height * width * stride);
-    T* rows = rows_ ? rows_->get() : nullptr;
-    T* grad_rows = grad_rows_ ? grad_rows_->get() : nullptr;
+    const int64_t channels = args_.channels(), block = block_channels<T>(channels, threads_);
+    const int64_t blocks = (channels + block - 1) / block, shares = std::min(threads_, blocks);
+    const bool reads = dots(), writes = !grads_.empty();
+    const int64_t stride = reads && writes ? 2 * block : block;
+    const int64_t size = height * width * stride;
+    if (!rows_) {
+      rows_.emplace(shares * size);
+      use_large_pages(rows_->get(), shares * size * static_cast<int64_t>(sizeof(T)));
+    }
     const std::vector<RowSpan> spans = rows_read(batch);
     const auto fill = D2DET_SELECT_ISA(fill_rows<T>);
     const auto drain = D2DET_SELECT_ISA(drain_rows<T>);
-    for (int64_t first = 0; first < args_.channels(); first += stride) {
-      const int64_t some = std::min(stride, args_.channels() - first);
-      torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t y = begin; y < end; ++y) {
-          const RowSpan span = spans[y];
-          const int64_t at = y * width + span.begin;
-          if (rows && span.begin < span.end) {
-            fill(map, first, some, at, span.end - span.begin, rows + at * stride, stride);
+    const auto kernel = D2DET_SELECT_ISA(scatter_rois<T>);
+    torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<T> tile(batch.bins() * block);
+      for (int64_t share = begin; share < end; ++share) {
+        T* rows = rows_->get() + share * size;
+        T* grad_rows = rows + stride - block;
+        const RoiMap<T> both{reads ? rows : nullptr, writes ? grad_rows : nullptr, stride};
+        for (int64_t b = blocks * share / shares; b < blocks * (share + 1) / shares; ++b) {
+          const int64_t first = b * block, some = std::min(block, channels - first);
+          for (int64_t y = 0; y < height; ++y) {
+            const RowSpan span = spans[y];
+            const int64_t at = y * width + span.begin;
+            if (reads && span.begin < span.end) {
+              fill(map, first, some, at, span.end - span.begin, rows + at * stride, stride);
+            }
+            for (int64_t x = 0; writes && x < width; ++x) {
+              std::memset(grad_rows + (y * width + x) * stride, 0, block * sizeof(T));
+            }
           }
-          if (grad_rows) {
-            std::memset(grad_rows + y * width * stride, 0, width * stride * sizeof(T));
-          }
+          kernel(batch, both, source_, first, some, sums_of(share), tile.get());
+          if (writes) drain(grad_rows, stride, grad_map, first, some, 0, height * width);
         }
-      });
-      scatter(batch, rows, grad_rows, stride, first, some);
-      if (!grad_rows) continue;
-      torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
-        drain(grad_rows + begin * width * stride, stride, grad_map, first, some, begin * width,
-              (end - begin) * width);
-      });
-    }
+      }
+    });
   }
 
   void scatter(const RoiBatch<T>& batch, const T* rows, T* grad_rows, int64_t stride, int64_t first,
@@ -122,9 +137,13 @@ class Backward {
         const RoiMap<T> map{features ? features + c : nullptr, grad_rows ? grad_rows + c : nullptr,
                             stride};
         kernel(batch, map, source_, first + c, std::min(blocks.width, channels - c),
-               sums_.data() + b * static_cast<int64_t>(sums_.size()) / threads_, tile.get());
+               sums_of(b), tile.get());
       }
     });
+  }
+
+  T* sums_of(int64_t share) {
+    return sums_.data() + share * (static_cast<int64_t>(sums_.size()) / threads_);
   }
 
   // From sums over channels to the gradients of offset and modulation.
@@ -184,7 +203,7 @@ class Backward {
   MemoryFormat format_;
   Tensor grad_;
   RoiTensor source_;
-  std::optional<Scratch<T>> rows_, grad_rows_;
+  std::optional<Scratch<T>> rows_;
   std::vector<T> sums_;
 };
 

@@ -124,13 +124,13 @@ std::vector<RowSpan> rows_read(const RoiBatch<T>& batch) {
 constexpr int64_t kRoiChannels = 16;
 
 // How many channels of a map to copy into rows at a time: as many as stay in cache with all their
-// pixels, but at least `least`.
-inline int64_t channels_in_cache(const Tensor& map, int64_t element_size, int64_t least) {
+// pixels.
+inline int64_t channels_in_cache(const Tensor& map, int64_t element_size) {
   // Fewer channels stay in cache better, but each pixel's visit then serves fewer vectors.
   constexpr int64_t kCacheBytes = 20 << 20;
   const int64_t fit = kCacheBytes / (map.size(2) * map.size(3) * element_size);
   const auto whole = [](int64_t n) { return (n + kRoiChannels - 1) / kRoiChannels * kRoiChannels; };
-  const int64_t wanted = std::max({fit / kRoiChannels * kRoiChannels, whole(least), kRoiChannels});
+  const int64_t wanted = std::max(fit / kRoiChannels * kRoiChannels, kRoiChannels);
   return std::min(wanted, whole(map.size(1)));
 }
 

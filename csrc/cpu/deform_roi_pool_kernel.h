@@ -139,6 +139,28 @@ inline __attribute__((always_inline)) void for_each_bin(const RoiBatch<T>& batch
   }
 }
 
+// Bins between the one that is worked on and the one that is fetched into the cache.
+constexpr int64_t kFetchBins = 4;
+
+// Asks for `width` channels of what a bin reads (kFeatures) and adds to (kGrads): where offsets
+// lead the processor does not foresee.
+template <bool kFeatures, bool kGrads, typename T>
+inline __attribute__((always_inline)) void prefetch_bin(const RoiBatch<T>& batch, int64_t q,
+                                                        int64_t bin, const RoiMap<T>& map,
+                                                        int64_t channel, int64_t width) {
+  if (!batch.offset || bin >= batch.bins()) return;
+  const Reads<T> y(batch, q, 0, bin), x(batch, q, 1, bin);
+  for (int32_t a = 0; a < y.count; ++a) {
+    for (int32_t b = 0; b < x.count; ++b) {
+      const int64_t at = int64_t(y.pixels[a] + x.pixels[b]) * map.pixel_stride + channel;
+      for (int64_t c = at; c < at + width; c += 64 / sizeof(T)) {
+        if (kFeatures) __builtin_prefetch(map.features + c);
+        if (kGrads) __builtin_prefetch(map.grads + c, 1);
+      }
+    }
+  }
+}
+
 // kVectors vectors of channels of one bin.
 template <int kVectors, typename T>
 inline __attribute__((always_inline)) void pool_bin(const Reads<T>& y, const Reads<T>& x,
@@ -171,6 +193,7 @@ void pool_rois(const RoiBatch<T>& batch, const RoiMap<T>& map, const RoiTensor& 
       const T* features = map.features + c;
       const int64_t width = padded - c >= 4 * kSize ? 4 * kSize : kSize;
       for_each_bin(batch, q, [&](int64_t bin, const Reads<T>& y, const Reads<T>& x, T modulation) {
+        prefetch_bin<true, false>(batch, q, bin + kFetchBins, map, c, width);
         T* row = tile + bin * width;
         if (width == kSize) {
           pool_bin<1>(y, x, modulation, features, map.pixel_stride, row);
@@ -185,101 +208,13 @@ void pool_rois(const RoiBatch<T>& batch, const RoiMap<T>& map, const RoiTensor& 
   }
 }
 
-// The gradient of kVectors vectors of channels of one bin. Products with the pixels are kept as
-// vectors and added up over the lanes at the end.
-template <int kVectors, bool kDots, bool kScatter, typename T>
-inline __attribute__((always_inline)) void scatter_bin(const Reads<T>& y, const Reads<T>& x,
-                                                       T modulation, const RoiMap<T>& map,
-                                                       int64_t channel, const T* grad,
-                                                       typename Vec<T>::type* sums) {
-  using V = typename Vec<T>::type;
-  constexpr int64_t kSize = Vec<T>::kSize;
-  V g[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) g[v] = load(grad + v * kSize);
-  for (int32_t a = 0; a < y.count; ++a) {
-    V read = {}, read_slope = {};
-    const T row_weight = y.weights[a] * modulation;
-    for (int32_t b = 0; b < x.count; ++b) {
-      const int64_t at = int64_t(y.pixels[a] + x.pixels[b]) * map.pixel_stride + channel;
-      if constexpr (kScatter) {
-        T* to = map.grads + at;
-        const V weight = splat(row_weight * x.weights[b]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          store(to + v * kSize, load(to + v * kSize) + weight * g[v]);
-        }
-      }
-      if constexpr (kDots) {
-        const T* from = map.features + at;
-        V dot = g[0] * load(from);
-#pragma GCC unroll 4
-        for (int v = 1; v < kVectors; ++v) dot += g[v] * load(from + v * kSize);
-        read += dot * x.weights[b];
-        read_slope += dot * x.slopes[b];
-      }
-    }
-    if constexpr (kDots) {
-      sums[0] += read * y.weights[a];
-      sums[1] += read_slope * y.weights[a];
-      sums[2] += read * y.slopes[a];
-    }
-  }
-}
-
-template <bool kDots, bool kScatter, typename T>
-void scatter(const RoiBatch<T>& batch, const RoiMap<T>& map, const RoiTensor& grad_output,
-             int64_t first_channel, int64_t channels, T* sums, T* tile) {
-  using V = typename Vec<T>::type;
-  constexpr int64_t kSize = Vec<T>::kSize;
-  const int64_t width = (channels + kSize - 1) / kSize * kSize;
-  for (int64_t q = 0; q < batch.count; ++q) {
-    Pixels from = grad_output.first;
-    from.data = static_cast<char*>(from.data) + batch.members[q] * grad_output.roi_bytes;
-    load_rows(from, first_channel, channels, 0, batch.bins(), tile, width);
-    for_each_bin(batch, q, [&](int64_t bin, const Reads<T>& y, const Reads<T>& x, T modulation) {
-      V dots[3] = {};
-      int64_t c = 0;
-      for (; width - c >= 4 * kSize; c += 4 * kSize) {
-        scatter_bin<4, kDots, kScatter>(y, x, modulation, map, c, tile + bin * width + c, dots);
-      }
-      for (; width - c >= 2 * kSize; c += 2 * kSize) {
-        scatter_bin<2, kDots, kScatter>(y, x, modulation, map, c, tile + bin * width + c, dots);
-      }
-      for (; c < width; c += kSize) {
-        scatter_bin<1, kDots, kScatter>(y, x, modulation, map, c, tile + bin * width + c, dots);
-      }
-      if constexpr (kDots) {
-        T* sum = sums + (q * batch.bins() + bin) * 3;
-        for (int i = 0; i < 3; ++i) {
-          for (int64_t lane = 0; lane < kSize; ++lane) sum[i] += dots[i][lane];
-        }
-      }
-    });
-  }
-}
-
-template <typename T>
-void scatter_rois(const RoiBatch<T>& batch, const RoiMap<T>& map, const RoiTensor& grad_output,
-                  int64_t first_channel, int64_t channels, T* sums, T* tile) {
-  if (map.features && map.grads) {
-    scatter<true, true>(batch, map, grad_output, first_channel, channels, sums, tile);
-  } else if (map.features) {
-    scatter<true, false>(batch, map, grad_output, first_channel, channels, sums, tile);
-  } else {
-    scatter<false, true>(batch, map, grad_output, first_channel, channels, sums, tile);
-  }
-}
-
 #define D2DET_INSTANTIATE(T)                                                                     \
   template void plan_rois<T>(const RoiBatch<T>&, int64_t, int64_t);                              \
   template void fill_rows<T>(const Pixels&, int64_t, int64_t, int64_t, int64_t, T*, int64_t);    \
   template void drain_rows<T>(const T*, int64_t, const Pixels&, int64_t, int64_t, int64_t,       \
                               int64_t);                                                          \
   template void pool_rois<T>(const RoiBatch<T>&, const RoiMap<T>&, const RoiTensor&, int64_t,    \
-                             int64_t, int64_t, int64_t, T*);                                     \
-  template void scatter_rois<T>(const RoiBatch<T>&, const RoiMap<T>&, const RoiTensor&, int64_t, \
-                                int64_t, T*, T*);
+                             int64_t, int64_t, int64_t, T*);
 D2DET_INSTANTIATE(float)
 D2DET_INSTANTIATE(double)
 #undef D2DET_INSTANTIATE

@@ -26,14 +26,16 @@ struct Bf16Pair {
   uint32_t bits;
 };
 
-// What T is multiplied as.
+// What T is multiplied as, and what the input's rows are kept in.
 template <typename T, bool kDot>
 struct Factor {
   using type = T;
+  using Row = T;
 };
 template <>
 struct Factor<float, true> {
   using type = Bf16Pair;
+  using Row = BFloat16Bits;
 };
 
 #if D2DET_BF16_DOT

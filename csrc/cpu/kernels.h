@@ -7,5 +7,7 @@
 
 #include "adaptive_weighted_pool_kernel.h"
 #include "deform_roi_pool_kernel.h"
+// clang-format: the order of inclusion
+#include "deform_roi_pool_backward_kernel.h"
 #include "modulated_deform_conv2d_kernel.h"
 #include "soft_nms_kernel.h"

@@ -67,9 +67,9 @@ inline void with_element(Element type, void* data, const F& f) {
 }
 
 // Pixels [begin, end), counted through all images of `pixels` pixels, as rows of channels.
-template <typename T>
+template <typename T, typename D>
 void images_to_rows(const Images& images, int64_t channels, int64_t pixels, int64_t begin,
-                    int64_t end, T* rows) {
+                    int64_t end, D* rows) {
   with_element<T>(images.type, images.data, [&](auto* data) {
     if (images.channels_last) {
       convert_copy<T>(rows + begin * channels, data + begin * channels, (end - begin) * channels);

@@ -18,7 +18,6 @@ Tensor forward(const ConvShape& s, const Tensor& input, const Tensor& offset,
   if (output.numel() == 0) return output;
   const ConvTraits traits = D2DET_SELECT_ISA(conv_traits<T>)();
   ConvTensors<T> tensors(s, input, offset, mask);
-  tensors.choose_products(input.scalar_type());
   ConvForward<T> pass{};
   pass.problem = tensors.problem;
   ConvProblem<T>& problem = pass.problem;

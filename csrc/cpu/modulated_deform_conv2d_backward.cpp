@@ -193,7 +193,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const ConvShape& s, const Te
   const Tensor given_weight = contiguous_in<T>(weight);
   const int64_t threads = torch::stable::get_num_threads();
   Backward<T> pass{s, ConvTensors<T>(s, input, offset, mask), images(grad)};
-  pass.tensors.choose_products(input.scalar_type());
   pass.weight = given_weight.const_data_ptr<T>();
   pass.taps = s.kernel_y * s.kernel_x;
   pass.all = s.images * s.out_height * s.out_width;

@@ -32,6 +32,7 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
   T* first_x = scratch.take<T>(tile);
   const Corners<T> corners = take_corners<T>(scratch, tile);
   T* sums = scratch.take<T>(problem.out.count * tile * kOut);
+  const auto* input = static_cast<const typename Factor<T, kDot>::Row*>(problem.rows);
   E* columns = scratch.take<E>(pass.block_taps * problem.in.count * tile * kIn);
   first_taps(s, begin, count, first_y, first_x);
 
@@ -43,7 +44,7 @@ void forward_tile(const ConvForward<T>& pass, int64_t begin, int64_t count, Scra
         panels = panels_of_offset_group(problem.in, panels.end, problem.in.count, g);
         for_each_run(begin, count, pixels, [&](const Run& run) {
           find_corners(problem, run, g, tap + t, first_y, first_x, corners);
-          gather_columns<T, NI, kDot>(problem, run, corners, panels,
+          gather_columns<T, NI, kDot>(problem, input, run, corners, panels,
                                       columns + (t * problem.in.count + panels.begin) * tile * kIn,
                                       tile * kIn);
         });
@@ -129,8 +130,10 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
   constexpr int kLanes = Vec<T>::kSize, kIn = NI * kLanes, kOut = NO * kLanes;
   constexpr int kChannelRows = channel_rows(kOut);
   using E = typename Factor<T, kDot>::type;
+  using R = typename Factor<T, kDot>::Row;
   constexpr int kDepth = kDot ? 2 : 1;
   const ConvProblem<T>& problem = pass.problem;
+  const R* input = static_cast<const R*>(problem.rows);
   const ConvShape& s = problem.shape;
   const Panels &in = problem.in, &out = problem.out;
   const int64_t taps = s.kernel_y * s.kernel_x, pixels = s.out_height * s.out_width;
@@ -205,21 +208,23 @@ void backward_tile(const ConvBackward<T>& pass, int64_t begin, int64_t count, Sc
         find_corners(problem, run, g, tap, first_y, first_x, corners);
         T* group_columns = columns + (panels.begin - pass.panel_begin) * tile * kIn;
         const auto sample = [&](auto function) {
-          function(problem, run, corners, panels, group_columns, tile * kIn, pass.grad_rows, dots);
+          function(problem, input, run, corners, panels, group_columns, tile * kIn, pass.grad_rows,
+                   dots);
         };
         if (!products) {
-          gather_columns<T, NI, false>(problem, run, corners, panels, group_columns, tile * kIn);
+          gather_columns<T, NI, false>(problem, input, run, corners, panels, group_columns,
+                                       tile * kIn);
         } else if (pass.grad_rows) {
           if (pass.grad_taps) {
-            sample(pass.grad_packed ? &sample_backward<T, NI, true, true, true>
-                                    : &sample_backward<T, NI, true, true, false>);
+            sample(pass.grad_packed ? &sample_backward<T, R, NI, true, true, true>
+                                    : &sample_backward<T, R, NI, true, true, false>);
           } else {
-            sample(pass.grad_packed ? &sample_backward<T, NI, true, false, true>
-                                    : &sample_backward<T, NI, true, false, false>);
+            sample(pass.grad_packed ? &sample_backward<T, R, NI, true, false, true>
+                                    : &sample_backward<T, R, NI, true, false, false>);
           }
         } else {
-          sample(pass.grad_packed ? &sample_backward<T, NI, false, true, true>
-                                  : &sample_backward<T, NI, false, true, false>);
+          sample(pass.grad_packed ? &sample_backward<T, R, NI, false, true, true>
+                                  : &sample_backward<T, R, NI, false, true, false>);
         }
         if (pass.grad_taps) {
           tap_gradients(problem, run, g, tap, first_y, first_x, dots, pass.grad_taps);
@@ -294,7 +299,7 @@ ConvTraits conv_traits() {
 
 #define D2DET_DEFORM_CONV(T)                                                                      \
   template ConvTraits conv_traits<T>();                                                           \
-  template void images_to_rows(const Images&, int64_t, int64_t, int64_t, int64_t, T*);            \
+  template void images_to_rows<T>(const Images&, int64_t, int64_t, int64_t, int64_t, T*);         \
   template void rows_to_images(const T*, int64_t, int64_t, int64_t, int64_t, const Images&);      \
   template void pack_for_forward(const ConvProblem<T>&, const T*, int64_t, int64_t, T*);          \
   template void pack_for_backward(const ConvProblem<T>&, const T*, int64_t, int64_t, T*);         \
@@ -305,5 +310,7 @@ ConvTraits conv_traits() {
 D2DET_DEFORM_CONV(float)
 D2DET_DEFORM_CONV(double)
 #undef D2DET_DEFORM_CONV
+template void images_to_rows<float>(const Images&, int64_t, int64_t, int64_t, int64_t,
+                                    BFloat16Bits*);
 
 }  // namespace d2det::D2DET_ISA

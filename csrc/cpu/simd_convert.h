@@ -89,6 +89,15 @@ inline __attribute__((always_inline)) void store_as(Float16Bits* to, Floats valu
 }
 #endif
 
+inline __attribute__((always_inline)) float load_one(const float* from, float) { return *from; }
+inline __attribute__((always_inline)) double load_one(const double* from, double) { return *from; }
+inline __attribute__((always_inline)) float load_one(const BFloat16Bits* from, float) {
+  const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
 // The first `count` numbers, fewer than a vector; the rest is 0.
 template <typename T, typename S>
 inline __attribute__((always_inline)) typename Vec<T>::type load_some(const S* from,

@@ -21,7 +21,9 @@ void load_block(const S* from, const Pixels& source, int64_t pixels, int64_t cha
     }
     return;
   }
-  for (int64_t p = 0; p < pixels; p += kSize) {
+  for (int64_t next = 0; next < pixels; next += kSize) {
+    // The last square begins earlier where it can: whole vectors are faster than parts.
+    const int64_t p = next + kSize > pixels && pixels >= kSize ? pixels - kSize : next;
     const int64_t count = pixels - p < kSize ? pixels - p : kSize;
     typename Vec<T>::type square[kSize];
     if (count == kSize && channels == kSize) {
@@ -61,7 +63,9 @@ void store_block(const T* rows, int64_t row_stride, S* to, const Pixels& target,
     }
     return;
   }
-  for (int64_t p = 0; p < pixels; p += kSize) {
+  for (int64_t next = 0; next < pixels; next += kSize) {
+    // The last square begins earlier where it can: whole vectors are faster than parts.
+    const int64_t p = next + kSize > pixels && pixels >= kSize ? pixels - kSize : next;
     const int64_t count = pixels - p < kSize ? pixels - p : kSize;
     typename Vec<T>::type square[kSize];
     if (count == kSize && channels == kSize) {

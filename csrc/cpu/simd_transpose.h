@@ -1,4 +1,5 @@
-// Squares of numbers transposed in registers; included behind the target pragma.
+// Squares of numbers transposed in registers, and sums over lanes; included behind the target
+// pragma.
 
 #pragma once
 
@@ -49,6 +50,28 @@ inline __attribute__((always_inline)) void transpose(typename Vec<T>::type* rows
     }
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kSize; ++i) rows[i] = next[i];
+  }
+}
+
+// Sums of the lanes of four vectors, stored in the order 0, 2, 1, 3.
+template <typename T>
+inline __attribute__((always_inline)) void store_sums(typename Vec<T>::type a,
+                                                      typename Vec<T>::type b,
+                                                      typename Vec<T>::type c,
+                                                      typename Vec<T>::type d, T* to) {
+  using V = typename Vec<T>::type;
+  constexpr int64_t lanes = Vec<T>::kSize;
+  const V ab = interleave_low(a, b) + interleave_high(a, b);
+  const V cd = interleave_low(c, d) + interleave_high(c, d);
+  if constexpr (lanes == 2) {
+    to[0] = ab[0], to[1] = cd[0], to[2] = ab[1], to[3] = cd[1];
+  } else {
+    typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
+    T parts[lanes];
+    store(parts, interleave_low(ab, cd) + interleave_high(ab, cd));
+    Four sum = *reinterpret_cast<const Four*>(parts);
+    for (int64_t i = 4; i < lanes; i += 4) sum += *reinterpret_cast<const Four*>(parts + i);
+    *reinterpret_cast<Four*>(to) = sum;
   }
 }
 

@@ -5,21 +5,14 @@
 
 #include <algorithm>
 #include <numeric>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "../soft_nms_arguments.h"
 #include "pixels.h"
 
 namespace d2det {
 namespace {
-
-NmsMethod parse_method(std::string_view name) {
-  if (name == "linear") return NmsMethod::kLinear;
-  if (name == "gaussian") return NmsMethod::kGaussian;
-  D2DET_CHECK(name == "hard", "method must be linear, gaussian or hard, got ", name);
-  return NmsMethod::kHard;
-}
 
 // Memory for the boxes of one class.
 template <typename scalar_t>
@@ -119,18 +112,11 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& boxes, const Tensor& scores
 std::tuple<Tensor, Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& scores,
                                             const Tensor& classes, double iou_threshold,
                                             std::string method, double sigma, double min_score) {
-  check_floating("boxes", boxes, {-1, 4}, boxes);
-  check_floating("scores", scores, {boxes.size(0)}, boxes);
-  check_indices("classes", classes, boxes.size(0), boxes);
-  D2DET_CHECK(min_score >= 0 && sigma > 0, "min_score must be at least 0 and sigma above 0");
+  const NmsSettings<double> settings =
+      check_soft_nms(boxes, scores, classes, iou_threshold, method, sigma, min_score);
   const Tensor ids = as(classes, ScalarType::Long);
-  const NmsMethod parsed = parse_method(method);
-  if (boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double) {
-    return run<double>(boxes, scores, ids, {parsed, iou_threshold, sigma, min_score});
-  }
-  return run<float>(boxes, scores, ids,
-                    {parsed, static_cast<float>(iou_threshold), static_cast<float>(sigma),
-                     static_cast<float>(min_score)});
+  return with_nms_settings(boxes, scores, settings,
+                           [&](const auto& own) { return run(boxes, scores, ids, own); });
 }
 
 }  // namespace

@@ -2,19 +2,10 @@
 
 #pragma once
 
-#include <cstdint>
-
+#include "../soft_nms.h"
 #include "isa.h"
 
 namespace d2det {
-
-enum class NmsMethod : int32_t { kLinear, kGaussian, kHard };
-
-template <typename T>
-struct NmsSettings {
-  NmsMethod method;
-  T iou_threshold, sigma, min_score;
-};
 
 // The boxes of one class in rising order of `index`, each field an array with room for whole
 // vectors of any instruction set (kNmsRoom). A box that has fallen away has a score of -1.

@@ -5,8 +5,8 @@
 
 #include <array>
 #include <limits>
-#include <string_view>
 
+#include "../soft_nms_arguments.h"
 #include "device.cuh"
 
 namespace d2det {
@@ -15,21 +15,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kNumbers = 5;  // of a box: corners and score
-
-enum class Method { kLinear, kGaussian, kHard };
-
-Method parse_method(std::string_view name) {
-  if (name == "linear") return Method::kLinear;
-  if (name == "gaussian") return Method::kGaussian;
-  D2DET_CHECK(name == "hard", "method must be linear, gaussian or hard, got ", name);
-  return Method::kHard;
-}
-
-template <typename A>
-struct Settings {
-  Method method;
-  A iou_threshold, sigma, min_score;
-};
 
 // Rounded one by one, as on the CPU: a fused multiply-add could put an IoU on the other side of the
 // threshold.
@@ -64,13 +49,13 @@ __device__ __forceinline__ A iou(const Box<A>& taken, A taken_area, const Box<A>
 }
 
 template <typename A>
-__device__ __forceinline__ A lowered(A score, A overlap, const Settings<A>& settings) {
-  if (settings.method == Method::kGaussian) {
+__device__ __forceinline__ A lowered(A score, A overlap, const NmsSettings<A>& settings) {
+  if (settings.method == NmsMethod::kGaussian) {
     return score * exp(-times(overlap, overlap) / settings.sigma);
   }
   if (!(overlap > settings.iou_threshold)) return score;
   // Plain NMS: NaN falls away whatever the minimum.
-  return settings.method == Method::kLinear ? times(score, A(1) - overlap) : A(NAN);
+  return settings.method == NmsMethod::kLinear ? times(score, A(1) - overlap) : A(NAN);
 }
 
 // The best score and whose it is; of equal scores the lower place wins. -1: there is none.
@@ -123,8 +108,8 @@ __device__ int32_t class_size(const int64_t* classes, int64_t start, int64_t cou
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     suppress_classes(const A* boxes, const A* scores, const int64_t* classes, const int64_t* order,
-                     int64_t count, const __grid_constant__ Settings<A> settings, int32_t capacity,
-                     A* workspace, A* decayed) {
+                     int64_t count, const __grid_constant__ NmsSettings<A> settings,
+                     int32_t capacity, A* workspace, A* decayed) {
   const int64_t start = blockIdx.x;
   if (start > 0 && classes[start] == classes[start - 1]) return;
   D2DET_DYNAMIC_SHARED(A, shared);
@@ -199,7 +184,7 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& values, bool descending) {
 
 template <typename A>
 std::tuple<Tensor, Tensor, Tensor> run(const Tensor& boxes, const Tensor& scores,
-                                       const Tensor& classes, const Settings<A>& settings) {
+                                       const Tensor& classes, const NmsSettings<A>& settings) {
   constexpr ScalarType dtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
   const int64_t count = scores.size(0);
   D2DET_CHECK(count < (int64_t{1} << 31), "too many boxes: ", count);
@@ -238,18 +223,11 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& boxes, const Tensor& scores
 std::tuple<Tensor, Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& scores,
                                             const Tensor& classes, double iou_threshold,
                                             std::string method, double sigma, double min_score) {
-  check_floating("boxes", boxes, {-1, 4}, boxes);
-  check_floating("scores", scores, {boxes.size(0)}, boxes);
-  check_indices("classes", classes, boxes.size(0), boxes);
-  D2DET_CHECK(min_score >= 0 && sigma > 0, "min_score must be at least 0 and sigma above 0");
-  const Method parsed = parse_method(method);
+  const NmsSettings<double> settings =
+      check_soft_nms(boxes, scores, classes, iou_threshold, method, sigma, min_score);
   D2DET_DEVICE_GUARD(boxes);
-  if (boxes.scalar_type() == ScalarType::Double || scores.scalar_type() == ScalarType::Double) {
-    return run<double>(boxes, scores, classes, {parsed, iou_threshold, sigma, min_score});
-  }
-  return run<float>(boxes, scores, classes,
-                    {parsed, static_cast<float>(iou_threshold), static_cast<float>(sigma),
-                     static_cast<float>(min_score)});
+  return with_nms_settings(boxes, scores, settings,
+                           [&](const auto& own) { return run(boxes, scores, classes, own); });
 }
 
 }  // namespace

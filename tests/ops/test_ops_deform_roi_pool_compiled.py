@@ -247,6 +247,22 @@ def test_gradients_have_the_strides_of_their_maps():
         assert a.stride() == b.stride()
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2), (0, 2)])
+def test_gradients_do_not_depend_on_which_are_asked_for(wanted, channels_last):
+    case = cast(make(17, 80, layouts=(channels_last,) * 3), torch.float32)
+    args = [case[k] for k in ("features", "rois", "levels", "offset", "modulation")]
+    backward = torch.ops.d2det.deform_roi_pool_backward
+    settings = (3, SCALES, 1, 0.3, "aligned")
+    everything = backward(case["grad"], *args, *settings, [True] * 3, False)
+    found = backward(case["grad"], *args, *settings, [i in wanted for i in range(3)], False)
+    for i in range(3):
+        if i not in wanted:
+            assert len(found[i]) == 0
+        else:
+            torch.testing.assert_close(found[i], everything[i], rtol=1e-6, atol=1e-6)
+
+
 def test_runs_agree_to_the_bit():
     """From run to run; output and gradients of maps also for any number of threads."""
     case = cast(make(65, 96, layouts=(True, False, True)), torch.float32)
