@@ -69,6 +69,7 @@ Tensor deform_roi_pool(std::vector<Tensor> features, const Tensor& rois, const T
   check_roi_arguments(args);
   Tensor output =
       new_output(features[0], {rois.size(0), args.channels(), output_size, output_size});
+  use_large_pages(output);
   if (args.accumulation() == ScalarType::Double) {
     pool<double>(args, output);
   } else {
