@@ -31,7 +31,7 @@ demo: setup
 	fi
 
 demo-torchvision: setup
-	$(VENV_PYTHON) -m d2det.torchvision --output $(OUTPUT)
+	$(VENV_PYTHON) -m d2det.torchvision --resume=auto --output $(OUTPUT)
 
 demo-detectron2:
 	@$(SETUP) --require detectron2

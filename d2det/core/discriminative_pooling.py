@@ -85,7 +85,9 @@ class DiscriminativePooling(nn.Module):
         weighting: "normalized", "unnormalized" or "none" (the average of each cell's four bins).
         coefficient: of the sigmoid in the normalised weights' exponent.
         per_level: parameters for each level, as released, or one set for all.
-        convention: "aligned", or "psroi" for the releases', whose boxes name their last pixel.
+        convention: "aligned", or "psroi" for the releases'.
+        inclusive_boxes: RoIs name their last pixel, as the first release's do: levels are chosen by
+            sides one pixel longer.
 
     Raises:
         ValueError: an unknown weighting, or an output size below 2.
@@ -109,6 +111,7 @@ class DiscriminativePooling(nn.Module):
         coefficient: float = 12.0,
         per_level: bool = True,
         convention: str = "aligned",
+        inclusive_boxes: bool = False,
     ) -> None:
         super().__init__()
         if weighting not in WEIGHTINGS:
@@ -124,6 +127,7 @@ class DiscriminativePooling(nn.Module):
         self.weighting = weighting
         self.coefficient = coefficient
         self.convention = convention
+        self.inclusive_boxes = inclusive_boxes
         self.levels = nn.ModuleList(
             _LevelParameters(
                 OffsetPredictor(in_channels, self.offset_resolution, offset_fc_dim, output_size),
@@ -142,7 +146,7 @@ class DiscriminativePooling(nn.Module):
         Returns:
             (R, C, k, k).
         """
-        level = assign_levels(rois[:, 1:], self.strides, inclusive=self.convention == "psroi")
+        level = assign_levels(rois[:, 1:], self.strides, inclusive=self.inclusive_boxes)
         if len(self.levels) == 1:
             return self._pool(features, rois, level, [rois.shape[0]])
         # Sorted by level, each level's RoIs are a contiguous slice for its own parameters.

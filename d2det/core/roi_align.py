@@ -53,7 +53,7 @@ class MultiLevelRoIAlign(nn.Module):
         Returns:
             (R, C, o, o).
         """
-        level = assign_levels(rois[:, 1:], self.strides, inclusive=self.convention != "aligned")
+        level = assign_levels(rois[:, 1:], self.strides, inclusive=self.convention == "inclusive")
         if self.convention == "inclusive":
             rois = unshifted(rois, level, self.strides)
         return deform_roi_pool(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -14,6 +16,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .coco_keypoints import evaluate_keypoints
@@ -47,7 +50,8 @@ class CocoEvaluator(COCOEvaluator):
     - an empty list of annotations is as good as none: predictions are written, nothing is
       evaluated;
     - annotations without "iscrowd" or "area" are completed (area of the box);
-    - masks are evaluated only if all ground truth and all predictions have them.
+    - masks are evaluated if all predictions have them; at objects without a mask, detections count
+      neither as found nor as false.
 
     Args:
         dataset_name: a registered data set.
@@ -83,8 +87,9 @@ class CocoEvaluator(COCOEvaluator):
         self._do_evaluation = bool(annotations)
         for annotation in annotations:
             _complete(annotation)
-        if "segm" in self._tasks and not _all_have_masks(annotations):
-            self._drop_masks("not all ground truth has masks")
+        if "segm" in self._tasks and not any(a.get("segmentation") for a in annotations):
+            self._drop_masks("no ground truth has masks")
+        self._mask_truth = mask_truth(self._coco_api) if "segm" in self._tasks else None
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for given, output in zip(inputs, outputs, strict=True):
@@ -159,7 +164,7 @@ class CocoEvaluator(COCOEvaluator):
         ious: IoUs | None = None,
     ) -> None:
         evaluation = evaluate_results(
-            self._coco_api,
+            self._coco_api if self._mask_truth is None or iou_type == "bbox" else self._mask_truth,
             results,
             iou_type,
             self._protocol,
@@ -252,5 +257,24 @@ def _complete(annotation: dict[str, Any]) -> None:
         annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
 
 
-def _all_have_masks(annotations: list[dict[str, Any]]) -> bool:
-    return bool(annotations) and all(annotation.get("segmentation") for annotation in annotations)
+def mask_truth(truth: COCO) -> COCO:
+    """Ground truth for masks: objects without one become crowd regions of their boxes.
+
+    A detection there counts neither as found nor as false.
+    """
+    annotations = truth.dataset.get("annotations") or []
+    if all(annotation.get("segmentation") for annotation in annotations):
+        return truth
+    masked = COCO()
+    masked.dataset = {**truth.dataset, "annotations": [_with_mask(a) for a in annotations]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        masked.createIndex()
+    return masked
+
+
+def _with_mask(annotation: dict[str, Any]) -> dict[str, Any]:
+    if annotation.get("segmentation"):
+        return annotation
+    x, y, w, h = annotation["bbox"]
+    box = [x, y, x + w, y, x + w, y + h, x, y + h]
+    return {**annotation, "iscrowd": 1, "segmentation": [box]}

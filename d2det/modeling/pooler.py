@@ -52,6 +52,7 @@ class DiscriminativeRoIPooler(DiscriminativePooling):
             "coefficient": drp.WEIGHT_COEFFICIENT,
             "per_level": drp.PER_LEVEL,
             "convention": drp.CONVENTION,
+            "inclusive_boxes": cfg.MODEL.ROI_HEADS.INCLUSIVE_BOXES,
         }
 
     def forward(self, features: list[Tensor], box_lists: list[Boxes]) -> Tensor:

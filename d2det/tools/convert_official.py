@@ -38,6 +38,7 @@ class Source(NamedTuple):
     deformable: bool
     masks: bool
     num_classes: int  # K
+    num_convs: int  # of the regression tower
 
     @property
     def config(self) -> str:
@@ -45,6 +46,21 @@ class Source(NamedTuple):
         folder = "COCO-InstanceSegmentation" if self.masks else "COCO-Detection"
         dcn = "_DCNv2" if self.deformable else ""
         return f"{folder}/d2det_R_{self.depth}{dcn}_FPN_official"
+
+    @property
+    def overrides(self) -> list[str]:
+        """Keys and values that the config needs besides."""
+        given: dict[str, object] = {}
+        if self.num_classes != 80:
+            given["MODEL.ROI_HEADS.NUM_CLASSES"] = self.num_classes
+        if self.num_convs != 8:
+            given["MODEL.ROI_DENSE_REGRESSION_HEAD.NUM_CONV"] = self.num_convs
+        if self.release == 2:  # its boxes end behind their last pixel, as detectron2's do
+            given |= {
+                "MODEL.ROI_HEADS.INCLUSIVE_BOXES": False,
+                "MODEL.ANCHOR_GENERATOR.OFFSET": 0.0,
+            }
+        return [str(part) for item in given.items() for part in item]
 
 
 _DEPTHS = {6: 50, 23: 101}  # blocks of layer3
@@ -98,7 +114,7 @@ def convert(state: Mapping[str, Tensor]) -> tuple[Conversion, Source]:
     """
     source = identify(state)
     cfg = get_cfg(source.config)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = source.num_classes
+    cfg.merge_from_list(source.overrides)
     expected = _model_shapes(cfg)
     done = Conversion()
     for name, value in state.items():
@@ -154,6 +170,7 @@ def identify(state: Mapping[str, Tensor]) -> Source:
         deformable=deformable,
         masks=masks,
         num_classes=state[marks[2]].shape[0] - 1,
+        num_convs=len({m[1] for n in state if (m := re.search(r"D2Det_head\.convs\.(\d+)\.", n))}),
     )
 
 
@@ -224,12 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {args.input}: {error}")
     print(f"{args.input}: release {source.release}, ResNet-{source.depth}")
     print(done.report(every_tensor=not args.quiet))
-    classes = source.num_classes
-    more = "" if classes == 80 else f" MODEL.ROI_HEADS.NUM_CLASSES {classes}"
-    print(
-        f"\nWritten: {args.output}. Use it with\n"
-        f"    --config-file {source.config} MODEL.WEIGHTS {args.output}{more}"
-    )
+    keys = " ".join(["MODEL.WEIGHTS", args.output, *source.overrides])
+    print(f"\nWritten: {args.output}. Use it with\n    --config-file {source.config} {keys}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true", help='Lightning\'s, e.g. "bf16-mixed"')
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-backbone-weights", action="store_true", help="train from scratch")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--resume", nargs="?", choices=("must", "auto", "no"), const="must", default="no",
+        help="go on from the last checkpoint, which has to be there; auto: if it is",
+    )  # fmt: skip
     parser.add_argument("--num-pictures", type=int, default=8)
     args = parser.parse_args(argv)
     own = [args.train_json, args.train_images, args.val_json, args.val_images]
@@ -142,10 +146,13 @@ def main(argv: list[str] | None = None) -> None:
         args.output, save_last=True, every_n_train_steps=200
     )
     last = args.output / "last.ckpt"
-    if last.exists() and not args.resume:
+    if last.exists() and args.resume == "no":
         raise SystemExit(f"error: {last} is there: add --resume, or choose another --output")
+    if not last.exists() and args.resume == "must":
+        raise SystemExit(f"error: there is no {last} to resume from: --resume=auto starts anew")
     trainer = L.Trainer(
         max_steps=args.max_steps,
+        devices=1,
         precision=args.precision,
         gradient_clip_val=5.0,  # from scratch, plain SGD at this rate diverges without it
         default_root_dir=args.output,
@@ -157,18 +164,18 @@ def main(argv: list[str] | None = None) -> None:
         log_every_n_steps=20,
         num_sanity_val_steps=0,
     )
-    trainer.fit(
-        module, train_loader, ckpt_path=str(last) if args.resume and last.exists() else None
-    )
+    trainer.fit(module, train_loader, ckpt_path=str(last) if last.exists() else None)
     evaluator = L.Trainer(
         logger=False,
+        devices=1,
         precision=args.precision,
         default_root_dir=args.output,
         enable_model_summary=False,
     )
     (metrics,) = evaluator.validate(module, val_loader, verbose=False)
     torch.save(model.state_dict(), args.output / "model_final.pth")
-    (args.output / "results.json").write_text(json.dumps(metrics, indent=1))
+    known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+    (args.output / "results.json").write_text(json.dumps(known, indent=1))
     write_pictures(model, val, args.output / "pictures", args.num_pictures)
     for name, value in metrics.items():
         print(f"{name:20} {value:6.2f}")

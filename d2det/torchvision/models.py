@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from d2det.core import DenseRegression, DiscriminativePooling, MaskBranch, MultiLevelRoIAlign
 from d2det.core.detection import DetectionSettings
 from d2det.torchvision.roi_heads import ClassificationHead, ClassScores, D2DetRoIHeads
+
+
+class _Anchors(AnchorGenerator):
+    """Anchors in float32: torchvision makes them in the maps' type, and bfloat16 has 8 bits."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(image_list, [maps.float() for maps in feature_maps])
+
+
+class _RPNHead(RPNHead):
+    """Predictions in float32, from which torchvision decodes proposals in the same type."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [t.float() for t in logits], [t.float() for t in deltas]
+
 
 # The paper's for instance segmentation: 100 boxes, no soft-NMS.
 MASK_DETECTION = DetectionSettings(
@@ -86,12 +103,12 @@ class D2Det(GeneralizedRCNN):
             rpn_post_nms_top_n_test = 700 if with_masks else 1000
         channels = backbone.out_channels
         assert isinstance(channels, int)
-        anchors = AnchorGenerator(
+        anchors = _Anchors(
             tuple((size,) for size in anchor_sizes), ((0.5, 1.0, 2.0),) * len(anchor_sizes)
         )
         rpn = RegionProposalNetwork(
             anchors,
-            RPNHead(channels, anchors.num_anchors_per_location()[0]),
+            _RPNHead(channels, anchors.num_anchors_per_location()[0]),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=rpn_batch_size_per_image,
@@ -103,7 +120,9 @@ class D2Det(GeneralizedRCNN):
             },
             nms_thresh=rpn_nms_thresh,
         )
-        box_pooler = DiscriminativePooling(channels, strides, **(pooling or {}))
+        box_pooler = DiscriminativePooling(
+            channels, strides, **{"inclusive_boxes": inclusive_boxes, **(pooling or {})}
+        )
         classes = num_classes - 1
         if classes < 1:
             raise ValueError(f"num_classes counts background: at least 2, got {num_classes}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,11 +77,11 @@ class DetectorModule(L.LightningModule):
             result = metric.compute()
             metric.reset()
             for theirs, ours in (("map", "AP"), ("map_50", "AP50"), ("map_75", "AP75")):
-                self.log(f"{task}{ours}", 100 * result[theirs], prog_bar=True)
+                self.log(f"{task}{ours}", _percent(result[theirs]), prog_bar=True)
             per_class = result["map_per_class"].reshape(-1).tolist()
             present = result["classes"].reshape(-1).tolist()
             for label, value in zip(present, per_class, strict=True):
-                self.log(f"{task}AP-{self.class_names[label - 1]}", 100 * value)
+                self.log(f"{task}AP-{self.class_names[label - 1]}", _percent(value))
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -94,6 +95,11 @@ class DetectorModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def _percent(value: Tensor | float) -> float:
+    """NaN where there is no ground truth, for which torchmetrics has -1."""
+    return math.nan if value < 0 else 100 * float(value)
 
 
 def _by_mask_score(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from pycocotools.cocoeval import COCOeval
 
 from d2det.engine.setup import get_cfg
 from d2det.evaluation import CocoEvaluator, build_evaluator
+from d2det.evaluation.coco import mask_truth
+from d2det.evaluation.coco_metrics import evaluate_results, metrics
 
 SIZE = 200
 IDS = [3, 7, 20]  # category ids with gaps
@@ -223,10 +225,42 @@ def test_masks_are_not_evaluated_where_some_are_missing(register, tmp_path, lack
     content = ground_truth(rng)
     found = detections(rng, content)
     if lacking == "ground truth":
-        content["annotations"][0]["segmentation"] = []
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = []
     evaluator = CocoEvaluator(register(content), ["bbox", "segm"], output_dir=str(tmp_path))
     results = feed(evaluator, content, found, masks=lacking == "ground truth")
     assert list(results) == ["bbox"]
+
+
+def test_objects_without_a_mask_are_left_out_of_the_masks_alone(register, tmp_path):
+    """Ground truth as its own detections: AP 100, whether the bare object is found or not."""
+    content = ground_truth(np.random.default_rng(5))
+    content["annotations"] = [a for a in content["annotations"] if not a["iscrowd"]]
+    found = [
+        {**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9}
+        | {"segmentation": a["segmentation"]}
+        for a in content["annotations"]
+    ]
+    bare = content["annotations"][0]
+    bare["segmentation"] = []
+    truth = mask_truth(CocoEvaluator(register(content), output_dir=str(tmp_path))._coco_api)
+    assert truth.anns[bare["id"]]["iscrowd"] == 1
+    assert sum(a["iscrowd"] for a in truth.dataset["annotations"]) == 1
+    for detections_of in (found, found[1:]):
+        evaluation = evaluate_results(
+            truth,
+            [{k: v for k, v in d.items() if k != "bbox"} for d in with_masks(detections_of, truth)],
+            "segm",
+        )
+        assert metrics(evaluation)["AP"] == pytest.approx(100)
+
+
+def with_masks(found, truth):
+    """Polygons as run lengths, in which COCO's results are."""
+    sizes = {i["id"]: (i["height"], i["width"]) for i in truth.dataset["images"]}
+    for result in found:
+        polygons = mask_util.frPyObjects(result["segmentation"], *sizes[result["image_id"]])
+        yield {**result, "segmentation": mask_util.merge(polygons)}
 
 
 def test_evaluator_of_each_type(register, tmp_path):

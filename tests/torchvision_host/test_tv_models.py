@@ -238,3 +238,25 @@ def test_inclusive_boxes_decode_as_the_releases_do(tiny, scene):
     assert len(found["boxes"]) > 0
     for box in found["boxes"]:
         assert min((box - b).abs().max() for b in boxes) < 1e-3
+
+
+def test_boxes_stay_in_float32_under_autocast(tiny, scene):
+    """torchvision makes anchors, and with them proposals and targets, in the maps' type."""
+    images, targets = scene
+    targets[0]["boxes"][0] = torch.tensor([16.97, 20.33, 60.11, 60.07])
+    model = tiny()
+    seen = {}
+    model.rpn.anchor_generator.register_forward_hook(lambda *x: seen.update(anchors=x[-1][0]))
+    losses_of = model.roi_heads.dense_head.losses
+
+    def record(prediction, proposals, gt_boxes, *more):
+        seen.update(proposals=proposals, gt=gt_boxes)
+        return losses_of(prediction, proposals, gt_boxes, *more)
+
+    model.roi_heads.dense_head.losses = record
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images, targets)
+    assert {v.dtype for v in seen.values()} == {torch.float32}
+    scale = 96 / 80  # the image's shorter side is resized
+    distances = (seen["gt"] - targets[0]["boxes"][0] * scale).abs().amax(dim=1)
+    assert distances.min() < 1e-3

@@ -98,6 +98,8 @@ def test_train_evaluate_resume(tiny, coco, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="--resume"):
         main([*common, "--max-steps", "2"])
     main([*common, "--max-steps", "3", "--resume"])
+    with pytest.raises(SystemExit, match="no .*last.ckpt to resume"):
+        main([*common, "--output", str(tmp_path / "new"), "--resume"])
     checkpoint = torch.load(output / "last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == 3
 
@@ -120,6 +122,7 @@ def test_masks_are_evaluated_too(tiny, tmp_path, monkeypatch, mask_settings):
     main([*map(str, paths), "--masks", "--max-steps", "1", "--num-pictures", "1"])
     results = json.loads((output / "results.json").read_text())
     assert {"bbox/AP", "segm/AP", "segm/AP-cat"} <= set(results)
+    assert all(value is None or 0 <= value <= 100 for value in results.values())
 
 
 def test_objects_without_masks_are_named(coco):

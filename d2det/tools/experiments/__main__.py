@@ -67,7 +67,7 @@ def run(args: Namespace, command: str) -> int:
         whole = recorded(args.output) or asked
         written = write_report(whole, args.output, args.pictures)
     if args.speed:
-        _measure(asked, args.output, args)
+        _measure(whole, args.output, args)
         written = write_report(whole, args.output, args.pictures)
     _say_results(whole, args.output, written)
     for failed, message in problems.items():

@@ -27,7 +27,7 @@ def find_slots(
     """Places for runs on this machine.
 
     Args:
-        jobs: runs at once; None: as many as GPUs allow, or one on a CPU.
+        jobs: runs at once, at most as many as GPUs allow; None: as many, or one on a CPU.
         gpus: GPUs to use, as CUDA_VISIBLE_DEVICES names them; None: all that are visible; empty:
             none, i.e. the CPU.
         per_run: GPUs that each run uses.
@@ -43,10 +43,6 @@ def find_slots(
     groups = [found[i : i + per_run] for i in range(0, len(found) - per_run + 1, per_run)]
     if not groups:
         raise ValueError(f"--num-gpus {per_run}, but there are {len(found)} GPUs")
-    if jobs is not None and jobs > len(groups):
-        raise ValueError(
-            f"--jobs {jobs}, but the GPUs serve {len(groups)} at once, {per_run} for each run"
-        )
     return [
         Slot("GPU " + ",".join(group), {"CUDA_VISIBLE_DEVICES": ",".join(group)})
         for group in groups[: jobs or len(groups)]

@@ -88,6 +88,12 @@ def claim(experiment: Experiment, output: Path) -> None:
                 )
         else:
             notes[note] = json.dumps(settings, indent=1)
+    earlier = recorded(output)
+    if earlier is not None and earlier.train_args != experiment.train_args:
+        raise ValueError(
+            f"{output} holds runs with other --train-args "
+            f"({' '.join(earlier.train_args) or 'none'}): give the same, or choose another --output"
+        )
     for note, text in notes.items():
         write_atomically(note, text)
     whole = merge(recorded(output), experiment)

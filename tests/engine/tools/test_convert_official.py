@@ -17,7 +17,7 @@ from d2det.tools.convert_official import convert, identify, main
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
-def official(depth=50, *, release=1, dcn=False, masks=False, classes=80, early=False):
+def official(depth=50, *, release=1, dcn=False, masks=False, classes=80, early=False, convs=8):
     """A state dict with all names and shapes of a release, filled with random numbers."""
     generator = torch.Generator().manual_seed(0)
     state = {}
@@ -70,7 +70,7 @@ def official(depth=50, *, release=1, dcn=False, masks=False, classes=80, early=F
     both(f"{head}bbox_head.shared_fcs.0", 1024, 256 * 49)
     both(f"{head}bbox_head.shared_fcs.1", 1024, 1024)
     both(f"{head}bbox_head.fc_cls", classes + 1, 1024)
-    for i in range(8):
+    for i in range(convs):
         add(f"{head}D2Det_head.convs.{i}.conv.weight", 576, 576 if i else 256, 3, 3)
         add(f"{head}D2Det_head.convs.{i}.gn.weight", 576)
         add(f"{head}D2Det_head.convs.{i}.gn.bias", 576)
@@ -95,7 +95,7 @@ def plain():
 
 def test_every_tensor_finds_its_place(plain):
     done, source = convert(plain)
-    assert source == (1, 50, False, False, 80)
+    assert source == (1, 50, False, False, 80, 8) and source.overrides == []
     assert source.config == "COCO-Detection/d2det_R_50_FPN_official"
     assert not done.missing
     assert set(done.left) == {n for n in plain if n.endswith("num_batches_tracked")}
@@ -135,10 +135,14 @@ def test_rows_in_our_order(plain):
 
 
 def test_the_second_release_has_background_last():
-    theirs = official(101, release=2, masks=True, classes=5)
+    theirs = official(101, release=2, masks=True, classes=5, convs=1)
     done, source = convert(theirs)
-    assert source == (2, 101, False, True, 5)
+    assert source == (2, 101, False, True, 5, 1)
     assert source.config == "COCO-InstanceSegmentation/d2det_R_101_FPN_official"
+    cfg = get_cfg(source.config)
+    cfg.merge_from_list(source.overrides)
+    assert cfg.MODEL.ROI_DENSE_REGRESSION_HEAD.NUM_CONV == 1
+    assert not cfg.MODEL.ROI_HEADS.INCLUSIVE_BOXES and cfg.MODEL.ANCHOR_GENERATOR.OFFSET == 0.0
     state = done.state
     name = "roi_head.bbox_head.fc_cls.weight"
     assert torch.equal(state["roi_heads.box_predictor.cls_score.weight"], theirs[name])

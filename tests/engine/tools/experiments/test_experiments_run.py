@@ -198,8 +198,7 @@ def test_gpus_are_shared_out(monkeypatch):
     assert slot.environment["CUDA_VISIBLE_DEVICES"] == "" and slot.name == "CPU"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,GPU-a,GPU-b")
     assert [s.name for s in find_slots(jobs=3)] == ["GPU 5", "GPU 7", "GPU GPU-a"]
-    with pytest.raises(ValueError, match="--jobs 5, but the GPUs serve 4"):
-        find_slots(jobs=5)
+    assert len(find_slots(jobs=5)) == 4  # a command written for a larger machine still runs
     with pytest.raises(ValueError, match="--num-gpus 8, but there are 4"):
         find_slots(per_run=8)
 
