@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -38,7 +38,7 @@ def read_cfg(content: Mapping[str, Any]) -> CfgNode:
             type; the message names it.
     """
     if isinstance(content, DictConfig):
-        content = OmegaConf.to_container(content, resolve=True)
+        content = cast(dict[str, Any], OmegaConf.to_container(content, resolve=True))
     for key, place in ELSEWHERE.items():
         section, _, last = key.rpartition(".")
         if last in (content.get(section, {}) if section else content):

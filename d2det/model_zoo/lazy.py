@@ -100,6 +100,7 @@ def _dataloader(cfg: CfgNode) -> dict[str, Any]:
                 L(T.ResizeShortestEdge)(
                     short_edge_length="${model.cfg.INPUT.MIN_SIZE_TEST}",
                     max_size="${model.cfg.INPUT.MAX_SIZE_TEST}",
+                    sample_style="choice",
                 )
             ],
             image_format="${model.cfg.INPUT.FORMAT}",

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.config import CfgNode, LazyCall, LazyConfig, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
@@ -242,6 +242,9 @@ def test_a_step_and_an_evaluation(tmp_path):
         after = [p for p in model.parameters() if p.requires_grad]
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         loader = instantiate(lazy.dataloader.test)
+        mapper = DatasetMapper(model_zoo.get_config("quickstart"), is_train=False)
+        assert str(loader.dataset._map_func._obj.augmentations) == str(mapper.augmentations)
+        assert loader.dataset._map_func._obj.image_format == mapper.image_format
         evaluator = instantiate(lazy.dataloader.evaluator)
         assert isinstance(evaluator, CocoEvaluator)
         results = inference_on_dataset(model, loader, evaluator)
