@@ -22,10 +22,12 @@ _PLUGIN = {
     "Predictor": "d2det.engine.predictor",
 }
 
-__all__ = ["DETECTRON2_COMMIT", "__version__", *_PLUGIN]
+__all__ = ["DETECTRON2_COMMIT", "__version__", "model_zoo", *_PLUGIN]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "model_zoo":
+        return import_module("d2det.model_zoo")
     if name not in _PLUGIN:
         raise AttributeError(f"module 'd2det' has no attribute {name!r}")
     if not _has_detectron2():
@@ -39,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLUGIN})
+    return sorted({*globals(), "model_zoo", *_PLUGIN})
 
 
 def _has_detectron2() -> bool:

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
@@ -78,6 +76,29 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
         raise ValueError(reason) from error
 
 
+def merge_mapping(cfg: CfgNode, content: Mapping[str, Any], source: str) -> None:
+    """Merge nested plain values into `cfg`, in place.
+
+    Args:
+        cfg: changed.
+        content: of dicts and plain values; lists where `cfg` has tuples will do.
+        source: what errors call it.
+
+    Raises:
+        ValueError: a key that `cfg` lacks, or a value of the wrong type.
+    """
+    unknown = [
+        f"{source}: unknown config key {key}{_suggest_key(cfg, key)}"
+        for key in _unknown_keys(content, cfg)
+    ]
+    if unknown:
+        raise ValueError("\n".join(unknown))
+    try:
+        cfg.merge_from_other_cfg(type(cfg)(content))
+    except (KeyError, ValueError, AssertionError, TypeError) as error:
+        raise ValueError(f"{source}: {_text(error)}") from error
+
+
 def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
     """Merge "KEY VALUE KEY VALUE ..." from a command line into `cfg`, in place.
 
@@ -102,6 +123,8 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
 
 
 def _with_bases(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    import yaml  # comes with detectron2; the names of the configs are known without
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
