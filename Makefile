@@ -50,9 +50,8 @@ lint: setup
 	$(VENV_PYTHON) -m mypy
 	$(if $(CSRC),$(CLANG_FORMAT) --dry-run -Werror $(CSRC))
 
-docs: setup
-	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+docs: setup  # not --quiet, which hides warnings from --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 
 bench: setup
 	@for file in benchmarks/bench_*.py; do \

@@ -33,7 +33,7 @@ from d2det.data.generated import generate_image
 from d2det.ops import adaptive_weighted_pool, deform_roi_pool
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs"
-IMAGE = {"seed": 0, "split": "figures", "index": 22, "size": 320}
+IMAGE = 22  # of the split "figures"
 OBJECT = 3  # of the image
 K = 7
 GAMMA = 0.1
@@ -42,7 +42,7 @@ GREEN, ORANGE, BLUE = "#2ca02c", "#ff7f0e", "#1f77b4"
 
 def scene() -> tuple[np.ndarray, Tensor, Tensor, np.ndarray]:
     """The image in RGB, an object's box, a proposal (1, 4) for it, and its mask."""
-    bgr, annotations = generate_image(**IMAGE)
+    bgr, annotations = generate_image(0, "figures", IMAGE, 320)
     x, y, width, height = annotations[OBJECT]["bbox"]
     truth = torch.tensor([[x, y, x + width, y + height]])
     # A quarter of its width too far right and an eighth too high, and a little too large.

@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def redirect(match: re.Match[str]) -> str:
         path = resolve(here, match["target"])
-        if path is None or files.get_file_from_path(path):
+        if path is None or files.get_file_from_path(path) or not (ROOT / path).exists():
             return match[0]
         shown = _page_of(path)
         target = posixpath.relpath(shown, posixpath.dirname(here) or ".")
