@@ -147,7 +147,7 @@ def _add_masks(cfg: CfgNode, CN: type) -> None:
     cfg.MODEL.ROI_MASK_HEAD.SCORING = scoring = CN()
     scoring.ENABLED = True  # False: masks are ranked by class score, as boxes are
     scoring.FC_DIM = 1024  # width of its hidden layers
-    scoring.NUM_FC = 2  # how many there are, behind the convolutions
+    scoring.NUM_FC = 2  # how many there are, at least 1
     scoring.LOSS_WEIGHT = 0.5  # of the squared error, averaged over the sampled RoIs with masks
     scoring.MIN_IOU = 0.1  # masks whose IoU does not exceed it do not train the prediction
     # How masks are ranked; boxes keep the class score. "sum": class score + IOU_WEIGHT * IoU, as
