@@ -4,6 +4,7 @@
 #                 demo-detectron2, demo-torchvision: on a host of your choice
 #   make test     the tests
 #   make lint     ruff, mypy, clang-format
+#   make docs     the documentation's site, in build/site; a broken link is an error
 #   make bench    the benchmarks, one after the other; QUICK=1: tiny sizes
 #   make sanitize the operators' tests with AddressSanitizer, on a GPU with compute-sanitizer
 #   make setup    the set-up alone
@@ -20,7 +21,7 @@ OUTPUT ?= output/quickstart
 CSRC := $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.cu*' -o -name '*.h')
 CLANG_FORMAT = $(VENV_PYTHON) -c 'import clang_format; clang_format.clang_format()'
 
-.PHONY: demo demo-detectron2 demo-torchvision test lint bench sanitize setup clean distclean
+.PHONY: demo demo-detectron2 demo-torchvision test lint docs bench sanitize setup clean distclean
 
 demo: setup
 	@if $(VENV_PYTHON) -c "import detectron2" 2>/dev/null; then \
@@ -48,6 +49,9 @@ lint: setup
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy
 	$(if $(CSRC),$(CLANG_FORMAT) --dry-run -Werror $(CSRC))
+
+docs: setup  # not --quiet, which hides warnings from --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 
 bench: setup
 	@for file in benchmarks/bench_*.py; do \

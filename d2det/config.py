@@ -56,7 +56,7 @@ def _add_roi_heads(cfg: CfgNode, CN: type) -> None:
     # Per-class soft-NMS on the regressed boxes (Bodla et al., ICCV 2017). Several proposals may be
     # moved onto one object: with no NMS here (ENABLED False), all of them are returned.
     heads.SOFT_NMS = CN()
-    heads.SOFT_NMS.ENABLED = True
+    heads.SOFT_NMS.ENABLED = True  # False: no NMS after dense regression
     heads.SOFT_NMS.METHOD = "linear"  # or "gaussian"; "hard" is plain NMS
     heads.SOFT_NMS.IOU_THRESH = 0.5  # "linear", "hard": overlap that is punished
     heads.SOFT_NMS.SIGMA = 0.5  # "gaussian": width of the decay
@@ -105,14 +105,14 @@ def _add_dense_regression(cfg: CfgNode, CN: type) -> None:
     cfg.MODEL.ROI_DENSE_REGRESSION_HEAD = dense = CN()
     # False: a second two-FC branch with plain box deltas (the paper's baseline).
     dense.ENABLED = True
-    dense.NAME = "DenseLocalRegressionHead"
+    dense.NAME = "DenseLocalRegressionHead"  # in ROI_DENSE_REGRESSION_HEAD_REGISTRY
     dense.POOLER_RESOLUTION = 14  # RoIAlign's output; the first convolution halves it
-    dense.POOLER_SAMPLING_RATIO = 2
+    dense.POOLER_SAMPLING_RATIO = 2  # points a side in each bin of RoIAlign
     # The tower: 8 x 576 costs 2.2 GFLOP a RoI; narrow it where only a CPU is at hand.
     dense.NUM_CONV = 8
-    dense.CONV_DIM = 576
+    dense.CONV_DIM = 576  # channels of each of those convolutions
     dense.NORM = "GN"  # "" for none; "GN" uses NORM_GROUPS, where detectron2's would use 32
-    dense.NORM_GROUPS = 36
+    dense.NORM_GROUPS = 36  # of GroupNorm; CONV_DIM is a multiple of it
     # Predicted offsets at the start, as a fraction of the proposal: 0.5 from every cell is a box
     # of about the proposal's size; 0 would be an empty box, which has no gradient.
     dense.INIT_OFFSET = 0.5
@@ -136,7 +136,7 @@ def _add_masks(cfg: CfgNode, CN: type) -> None:
     # branch reads the tower of dense regression.
     cfg.MODEL.ROI_MASK_HEAD.DENSE = dense = CN()
     dense.NORM = "GN"  # after the first deconvolution; "" for none; "GN" uses NORM_GROUPS
-    dense.NORM_GROUPS = 16
+    dense.NORM_GROUPS = 16  # of GroupNorm
     dense.LOSS_WEIGHT = 1.0  # of the binary cross-entropy, averaged over pixels
     # Cells of dense regression are foreground by the object's mask (28 x 28 shrunk to 7 x 7), for
     # objects that have one; False: by its box, Eq. 3.
@@ -145,15 +145,15 @@ def _add_masks(cfg: CfgNode, CN: type) -> None:
     dense.MASK_THRESH = 0.5  # probability above which a pixel counts in the target of mask scoring
     # Mask IoU scoring (Mask Scoring R-CNN, CVPR 2019).
     cfg.MODEL.ROI_MASK_HEAD.SCORING = scoring = CN()
-    scoring.ENABLED = True
-    scoring.FC_DIM = 1024
-    scoring.NUM_FC = 2
+    scoring.ENABLED = True  # False: masks are ranked by class score, as boxes are
+    scoring.FC_DIM = 1024  # width of its hidden layers
+    scoring.NUM_FC = 2  # how many there are, at least 1
     scoring.LOSS_WEIGHT = 0.5  # of the squared error, averaged over the sampled RoIs with masks
     scoring.MIN_IOU = 0.1  # masks whose IoU does not exceed it do not train the prediction
     # How masks are ranked; boxes keep the class score. "sum": class score + IOU_WEIGHT * IoU, as
     # released; "product": class score * IoU (Mask Scoring R-CNN).
     scoring.RANKING = "sum"
-    scoring.IOU_WEIGHT = 0.3
+    scoring.IOU_WEIGHT = 0.3  # of the predicted IoU in "sum"
 
 
 def _add_backbone(cfg: CfgNode) -> None:
@@ -179,7 +179,7 @@ def _add_mimicking(cfg: CfgNode, CN: type) -> None:
     # Deformable ConvNets v2, Sec. 3.3; read where META_ARCHITECTURE is "MimickingRCNN". Training
     # only: False leaves a GeneralizedRCNN.
     cfg.MODEL.MIMIC = mimic = CN()
-    mimic.ENABLED = False
+    mimic.ENABLED = False  # True: train with the branch; it is dropped from evaluated models
     mimic.LOSS_WEIGHT = 0.1  # of 1 - cos(R-CNN feature, detector's feature)
     mimic.CLS_LOSS_WEIGHT = 0.1  # of the R-CNN classifier's cross-entropy
     mimic.CROP_SIZE = 224  # side of the resized patches
@@ -211,10 +211,11 @@ def _add_test(cfg: CfgNode, CN: type) -> None:
     # "coco", "lvis", "pascal_voc" or "uavdt" for all of DATASETS.TEST; empty: what the data set
     # itself asks for (a JSON from the command line: "coco").
     cfg.TEST.EVALUATOR = ""
-    # COCO evaluation (evaluator_type "coco"). Area ranges: [label, smallest, largest area in
-    # pixels], each a metric "AP<label>"; COCO's are below. iSAID's, with MAX_DETS 1000:
-    # [["s", 100, 20736], ["m", 20736, 262144], ["l", 262144, 1e10]] (10^2, 144^2, 512^2).
+    # COCO evaluation (evaluator_type "coco").
     cfg.TEST.COCO = coco = CN()
+    # Area ranges: [label, smallest, largest area in pixels], each a metric "AP<label>"; the default
+    # is COCO's. iSAID's, with MAX_DETS 1000: [["s", 100, 20736], ["m", 20736, 262144],
+    # ["l", 262144, 1e10]] (10^2, 144^2, 512^2).
     coco.AREA_RANGES = [["s", 0, 1024], ["m", 1024, 9216], ["l", 9216, 1e10]]
     # Best detections of an image that count, class by class as in pycocotools. The model returns at
     # most TEST.DETECTIONS_PER_IMAGE.
@@ -225,9 +226,9 @@ def _add_test(cfg: CfgNode, CN: type) -> None:
     # Read by the evaluator "uavdt": least IoU of the paper's PASCAL VOC AP and of the data set's
     # toolkit (sources give 0.7 and 0.5); whether the former is VOC 2007's mean of 11 points.
     cfg.TEST.UAVDT = CN()
-    cfg.TEST.UAVDT.VOC_IOU_THRESH = 0.7
-    cfg.TEST.UAVDT.TOOLKIT_IOU_THRESH = 0.7
-    cfg.TEST.UAVDT.ELEVEN_POINT = False
+    cfg.TEST.UAVDT.VOC_IOU_THRESH = 0.7  # of the paper's AP
+    cfg.TEST.UAVDT.TOOLKIT_IOU_THRESH = 0.7  # of the toolkit's AP
+    cfg.TEST.UAVDT.ELEVEN_POINT = False  # True: VOC 2007's 11 points; False: the area
     # Pictures of detections beside ground truth that are written after an evaluation; 0: none.
     cfg.TEST.NUM_PICTURES = 16
     cfg.TEST.PICTURE_SCORE_THRESH = 0.3  # detections below this score are not drawn
