@@ -32,7 +32,7 @@ demo: setup
 	fi
 
 demo-torchvision: setup
-	$(VENV_PYTHON) -m d2det.torchvision --resume=auto --output $(OUTPUT)
+	$(VENV_PYTHON) -m d2det.torchvision --resume=auto --max-steps 700 --output $(OUTPUT)
 
 demo-detectron2:
 	@$(SETUP) --require detectron2
