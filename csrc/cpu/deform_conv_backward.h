@@ -33,8 +33,8 @@ inline __attribute__((always_inline)) void prefetch_corners(const ConvProblem<T>
 // the order of store_sums; kColumns: leaves the columns in `columns`.
 template <typename T, typename R, int NV, bool kScatter, bool kDots, bool kColumns>
 void sample_backward(const ConvProblem<T>& problem, const R* rows, const Run& run,
-                     const Corners<T>& corners, PanelRange panels, T* columns,
-                     int64_t panel_stride, T* grad_rows, T* dots) {
+                     const Corners<T>& corners, PanelRange panels, T* columns, int64_t panel_stride,
+                     T* grad_rows, T* dots) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::kSize, row = NV * lanes;
   const ConvShape& s = problem.shape;

@@ -163,8 +163,7 @@ inline void gather_columns(const ConvProblem<T>& problem, const R* rows, const R
         T some[row] = {};
         for (int64_t j = 0; j < width; ++j) {
           for (int i = 0; i < 4; ++i) {
-            some[j] =
-                multiply_add(load_one(from[i] + c + j, T()), corners.weight[i][p], some[j]);
+            some[j] = multiply_add(load_one(from[i] + c + j, T()), corners.weight[i][p], some[j]);
           }
         }
 #pragma GCC unroll 2

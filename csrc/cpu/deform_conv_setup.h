@@ -15,10 +15,9 @@
 namespace d2det {
 
 D2DET_FOR_EACH_ISA(
-    template <typename T> ConvTraits conv_traits();
-    template <typename T, typename D> void images_to_rows(const Images&, int64_t channels,
-                                                          int64_t pixels, int64_t begin,
-                                                          int64_t end, D* rows);
+    template <typename T> ConvTraits conv_traits(); template <typename T, typename D>
+    void images_to_rows(const Images&, int64_t channels, int64_t pixels, int64_t begin, int64_t end,
+                        D* rows);
     template <typename T> void rows_to_images(const T* rows, int64_t channels, int64_t pixels,
                                               int64_t begin, int64_t end, const Images&);
     template <typename T> void pack_for_forward(const ConvProblem<T>&, const T* weight,

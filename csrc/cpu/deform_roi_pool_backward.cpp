@@ -136,8 +136,8 @@ class Backward {
         const int64_t c = b * blocks.width;
         const RoiMap<T> map{features ? features + c : nullptr, grad_rows ? grad_rows + c : nullptr,
                             stride};
-        kernel(batch, map, source_, first + c, std::min(blocks.width, channels - c),
-               sums_of(b), tile.get());
+        kernel(batch, map, source_, first + c, std::min(blocks.width, channels - c), sums_of(b),
+               tile.get());
       }
     });
   }

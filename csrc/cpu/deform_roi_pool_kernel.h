@@ -208,12 +208,12 @@ void pool_rois(const RoiBatch<T>& batch, const RoiMap<T>& map, const RoiTensor& 
   }
 }
 
-#define D2DET_INSTANTIATE(T)                                                                     \
-  template void plan_rois<T>(const RoiBatch<T>&, int64_t, int64_t);                              \
-  template void fill_rows<T>(const Pixels&, int64_t, int64_t, int64_t, int64_t, T*, int64_t);    \
-  template void drain_rows<T>(const T*, int64_t, const Pixels&, int64_t, int64_t, int64_t,       \
-                              int64_t);                                                          \
-  template void pool_rois<T>(const RoiBatch<T>&, const RoiMap<T>&, const RoiTensor&, int64_t,    \
+#define D2DET_INSTANTIATE(T)                                                                  \
+  template void plan_rois<T>(const RoiBatch<T>&, int64_t, int64_t);                           \
+  template void fill_rows<T>(const Pixels&, int64_t, int64_t, int64_t, int64_t, T*, int64_t); \
+  template void drain_rows<T>(const T*, int64_t, const Pixels&, int64_t, int64_t, int64_t,    \
+                              int64_t);                                                       \
+  template void pool_rois<T>(const RoiBatch<T>&, const RoiMap<T>&, const RoiTensor&, int64_t, \
                              int64_t, int64_t, int64_t, T*);
 D2DET_INSTANTIATE(float)
 D2DET_INSTANTIATE(double)
